@@ -1,0 +1,96 @@
+"""DALS on lists of tensors through ``torch._foreach_*``: the default wherever the fused kernels do not run.
+
+The same six lines as reference.py. One call per line serves all tensors of a group; nothing waits for the device,
+state is written in place, gradients are only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fused_dals.reference import compute_dtype, norm_dtype, trust_ratio
+
+TensorList: TypeAlias = list[Tensor] | tuple[Tensor, ...]
+
+
+def dals_foreach_(
+    params: TensorList,
+    grads: TensorList,
+    grad_emas: TensorList,
+    momentum_buffers: TensorList,
+    raw_blends: Sequence[float],
+    *,
+    ema_decay: float | Tensor,
+    bypass: bool | Tensor,
+    weight_decay: float,
+    trust_coefficient: float,
+    trust_clip: tuple[float, float],
+    momentum: float,
+    lr: float | Tensor,
+    maximize: bool,
+) -> Tensor:
+    """One step of n tensors on one device, each list of one dtype; returns their trust ratios, shape [n].
+
+    Arguments as in ``dals_reference_``. Peak extra memory is one update (u) of the state's dtype, and a second
+    one where ema_decay is a device tensor.
+    """
+    dtype = compute_dtype(params[0].dtype)
+    g = _in_dtype(grads, dtype)
+    if maximize:
+        g = torch._foreach_neg(g)
+
+    # h <- alpha h + (1 - alpha) g
+    if isinstance(ema_decay, Tensor):
+        torch._foreach_mul_(grad_emas, ema_decay.to(dtype))
+        torch._foreach_add_(grad_emas, torch._foreach_mul(g, (1 - ema_decay).to(dtype)))
+    else:
+        torch._foreach_lerp_(grad_emas, g, 1 - ema_decay)
+
+    # u <- b g + (1 - b) h, and u <- g where the filter is bypassed
+    u: TensorList
+    if isinstance(bypass, Tensor):
+        u = torch._foreach_sub(grad_emas, g)
+        torch._foreach_mul_(u, [1 - b for b in raw_blends])
+        torch._foreach_mul_(u, (~bypass).to(dtype))
+        torch._foreach_add_(u, g)
+    elif bypass:
+        u = g
+    else:
+        u = torch._foreach_lerp(grad_emas, g, raw_blends)
+
+    # u <- u + lambda p; out of place where u may be the user's own gradient
+    if weight_decay != 0:
+        p = _in_dtype(params, dtype)
+        if bypass is True:
+            u = torch._foreach_add(u, p, alpha=weight_decay)
+        else:
+            torch._foreach_add_(u, p, alpha=weight_decay)
+
+    # r <- clamp(gamma ||p|| / ||u||)
+    r = trust_ratio(_norms(params), _norms(u), trust_coefficient, trust_clip).to(dtype)
+
+    # m <- mu m + u
+    torch._foreach_mul_(momentum_buffers, momentum)
+    torch._foreach_add_(momentum_buffers, u)
+
+    # p <- p - eta r m: computed in the state's dtype and rounded once to the parameter's
+    torch._foreach_addcmul_(params, momentum_buffers, (-lr * r).unbind())
+    return r
+
+
+def _in_dtype(tensors: TensorList, dtype: torch.dtype) -> TensorList:
+    """The same tensors, or temporary copies in ``dtype`` where they have another."""
+    if tensors[0].dtype == dtype:
+        return tensors
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def _norms(tensors: TensorList) -> Tensor:
+    """L2 norms, shape [n]."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=norm_dtype(tensors[0])))

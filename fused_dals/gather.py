@@ -1,0 +1,109 @@
+"""What a step is going to touch, collected and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_dals.reference import compute_dtype
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+STATE_KEYS = ("grad_ema", "momentum_buffer")
+
+
+@dataclass
+class TensorBatch:
+    """The tensors of one group that share a device and dtypes and have a gradient, in the group's order."""
+
+    group_index: int
+    positions: list[int] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+
+
+def parameter_label(group: Mapping[str, Any], group_index: int, position: int) -> str:
+    """The name of a parameter, or its place where it has none."""
+    names = parameter_names(group)
+    return f"param_groups[{group_index}].params[{position}]" if names is None else names[position]
+
+
+def parameter_names(group: Mapping[str, Any]) -> Sequence[str] | None:
+    """The names of a group's parameters where they have names (and nobody replaced the list by a longer one)."""
+    names = group.get("param_names")
+    return names if names is not None and len(names) == len(group["params"]) else None
+
+
+def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]) -> list[TensorBatch]:
+    """Batches of everything that has a gradient.
+
+    Raises:
+        RuntimeError: a gradient is sparse, a parameter or gradient has a dtype or device that DALS cannot serve, or
+            its shape is not that of the gradient or of the state; the message names the parameter.
+    """
+    batches: dict[tuple[Any, ...], TensorBatch] = {}
+    for group_index, group in enumerate(groups):
+        for position, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            problem = _problem(param, grad, state.get(param))
+            if problem:
+                label = parameter_label(group, group_index, position)
+                raise RuntimeError(f"DALS cannot step parameter {label!r} of group {group_index}: {problem}")
+            key = (group_index, param.device, param.dtype, grad.dtype)
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = TensorBatch(group_index)
+            batch.positions.append(position)
+            batch.params.append(param)
+            batch.grads.append(grad)
+    return list(batches.values())
+
+
+def _problem(param: Tensor, grad: Tensor, state: Mapping[str, Tensor] | None) -> str:
+    """What is wrong with a parameter and what to do about it; empty if nothing is."""
+    if grad.layout != torch.strided:
+        return f"its gradient is sparse ({grad.layout}); make it dense, e.g. nn.Embedding(..., sparse=False)"
+    for what, dtype in (("it", param.dtype), ("its gradient", grad.dtype)):
+        if dtype not in SUPPORTED_DTYPES:
+            hint = "; keep real and imaginary parts as a real tensor, torch.view_as_real" if dtype.is_complex else ""
+            return f"{what} is {dtype}, and only float32, bfloat16, float16 and float64 are supported{hint}"
+    if param.device.type == "meta":
+        return "it is on the meta device; give the model real memory first, e.g. model.to_empty(device=...)"
+    if grad.shape != param.shape:
+        return f"it has shape {tuple(param.shape)} and its gradient {tuple(grad.shape)}"
+    if state:
+        have = state["grad_ema"]
+        if have.shape != param.shape:
+            return (
+                f"it has shape {tuple(param.shape)} and its state {tuple(have.shape)}; "
+                "delete optimizer.state[param] if its history is to start anew"
+            )
+        if (have.device, have.dtype) != (param.device, compute_dtype(param.dtype)):
+            return (
+                f"it is now {param.dtype} on {param.device}, and its state {have.dtype} on {have.device}; "
+                "optimizer.load_state_dict(optimizer.state_dict()) moves the state after it"
+            )
+    return ""
+
+
+def create_missing_state(groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Tensor]]) -> None:
+    """Zero state for every parameter that trains, with or without a gradient, so that all ranks hold the same keys."""
+    for group in groups:
+        for param in group["params"]:
+            trains = param.requires_grad or param.grad is not None
+            usable = param.dtype in SUPPORTED_DTYPES and param.device.type != "meta"
+            if trains and usable and not state.get(param):
+                state[param] = {key: empty_state(param).zero_() for key in STATE_KEYS}
+
+
+def empty_state(param: Tensor) -> Tensor:
+    """Memory for one state tensor: the parameter's shape, strides and device, at least float32."""
+    return torch.empty_like(
+        param, dtype=compute_dtype(param.dtype), memory_format=torch.preserve_format, requires_grad=False
+    )

@@ -1,0 +1,143 @@
+"""What a hyperparameter may be: one check for constructor arguments, groups, live changes and checkpoints."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from fused_dals.depth import DepthRule, check_depth
+
+
+class DALSOptions(TypedDict, total=False):
+    """The keyword arguments of DALS, for the presets that pass them on."""
+
+    momentum: float
+    weight_decay: float
+    trust_coefficient: float
+    trust_clip: tuple[float, float]
+    ema_decay: tuple[float, float, float]
+    phase_thresholds: tuple[float, float]
+    total_steps: int | None
+    warmup_fraction: float
+    restart_steps: int | None
+    restart_mult: float
+    depth: DepthRule
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+
+
+#: Run state that every group carries as plain numbers, so that any checkpoint format takes it along.
+COUNTERS = ("step", "loss_ema", "loss_drop")
+
+_KNOWN_KEYS = {"params", "lr", *DALSOptions.__annotations__, *COUNTERS}
+
+
+def check_group_keys(group: Mapping[str, Any], where: str) -> None:
+    """Refuse a key that is a misspelt hyperparameter. Other foreign keys are the user's own, as in torch.optim."""
+    for key in group:
+        if key in _KNOWN_KEYS:
+            continue
+        close = difflib.get_close_matches(str(key), _KNOWN_KEYS, n=1, cutoff=0.85)
+        if close:
+            raise TypeError(f"{where}: unknown key {key!r}; did you mean {close[0]!r}?")
+
+
+def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
+    """Raise TypeError or ValueError, naming ``where`` and the argument, unless every hyperparameter is sound.
+
+    The value of a tensor lr is looked at only where that costs no wait, on the CPU.
+    """
+
+    def check(name: str, valid: Callable[[Any], bool], expected: str) -> None:
+        if name not in group:
+            raise ValueError(f"{where}: {name} is missing")
+        try:
+            fine = valid(group[name])
+        except (TypeError, ValueError):
+            raise TypeError(f"{where}: {name} must be {expected}, got {group[name]!r}") from None
+        if not fine:
+            raise ValueError(f"{where}: {name} must be {expected}, got {group[name]!r}")
+
+    check("lr", _is_lr, "a finite number >= 0 or a tensor with one such element")
+    check("momentum", lambda x: 0 <= _number(x) < 1, "a number in [0, 1)")
+    check("weight_decay", lambda x: 0 <= _number(x) < math.inf, "a finite number >= 0")
+    check("trust_coefficient", lambda x: 0 < _number(x) < math.inf, "a finite number > 0")
+    check("trust_clip", _is_clip, "a pair (low, high) with 0 <= low <= high and low finite")
+    check(
+        "ema_decay",
+        lambda x: len(_numbers(x)) == 3 and all(0 <= a <= 1 for a in x),
+        "three numbers in [0, 1], one per phase (1 bypasses the filter)",
+    )
+    check("phase_thresholds", _is_thresholds, "a pair (t1, t2) of finite numbers with t1 >= t2")
+    check("total_steps", _is_steps, "None or an integer >= 1")
+    check("warmup_fraction", lambda x: 0 <= _number(x) <= 1, "a number in [0, 1]")
+    check("restart_steps", _is_steps, "None or an integer >= 1")
+    check("restart_mult", lambda x: 1 <= _number(x) < math.inf, "a finite number >= 1")
+    check("maximize", lambda x: isinstance(x, bool), "True or False")
+    check("foreach", lambda x: x is None or isinstance(x, bool), "None, True or False")
+    check("fused", lambda x: x is None or isinstance(x, bool), "None, True or False")
+    if group.get("depth") is not None:
+        check_depth(group["depth"], where)
+    if group["total_steps"] is not None and group["restart_steps"] is not None:
+        raise ValueError(
+            f"{where}: total_steps={group['total_steps']} and restart_steps={group['restart_steps']} ask for two "
+            "schedules; set one of them to None (DALSAcc has restart_steps=1000 unless told otherwise)"
+        )
+    if group["foreach"] and group["fused"]:
+        raise RuntimeError(f"{where}: foreach and fused cannot both be True")
+
+
+def check_counters(group: Mapping[str, Any], where: str) -> None:
+    """The same for the run state that a checkpoint's group carries."""
+    for name in COUNTERS:
+        if name not in group:
+            raise ValueError(f"{where}: {name!r} is missing; was this checkpoint written by another optimizer?")
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+            raise TypeError(f"{where}: {name!r} must be a number, got {value!r}")
+    if not isinstance(group["step"], Integral) or group["step"] < 0:
+        raise ValueError(f"{where}: 'step' must be an integer >= 0, got {group['step']!r}")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError
+    return float(value)
+
+
+def _numbers(values: Any) -> list[float]:
+    if not isinstance(values, Sequence):
+        raise TypeError
+    return [_number(value) for value in values]
+
+
+def _is_lr(lr: Any) -> bool:
+    if not isinstance(lr, Tensor):
+        return 0 <= _number(lr) < math.inf
+    if lr.numel() != 1 or not lr.is_floating_point():
+        return False
+    return lr.device.type != "cpu" or 0 <= lr.item() < math.inf
+
+
+def _is_clip(clip: Any) -> bool:
+    low, high = _numbers(clip)
+    return 0 <= low < math.inf and low <= high
+
+
+def _is_thresholds(thresholds: Any) -> bool:
+    t1, t2 = _numbers(thresholds)
+    return math.isfinite(t1) and math.isfinite(t2) and t1 >= t2
+
+
+def _is_steps(steps: Any) -> bool:
+    if steps is None:
+        return True
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
+        raise TypeError
+    return int(steps) >= 1

@@ -1,0 +1,453 @@
+"""DALS, DALSFast and DALSAcc: one torch.optim.Optimizer and two presets of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fused_dals.checkpoint import load_checkpoint
+from fused_dals.depth import DepthMap, DepthRule, check_depth_keys, check_rule
+from fused_dals.foreach import dals_foreach_
+from fused_dals.gather import TensorBatch, create_missing_state, gather, parameter_label, parameter_names
+from fused_dals.hyperparameters import DALSOptions, check_group_keys, check_hyperparameters
+from fused_dals.loss_signal import NO_LOSS_WARNING, LossSignal, watch
+from fused_dals.reference import dals_reference_, raw_blend
+from fused_dals.schedule import schedule_factor
+from fused_dals.stats import TrustRatios, trust_ratios_by_label
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+@dataclass
+class _Runtime:
+    """What changes while training and is no hyperparameter; one object, because wrappers copy attributes."""
+
+    depths: DepthMap
+    step: int = 0
+    loss: LossSignal = field(default_factory=LossSignal)
+    trust_ratios: list[TrustRatios] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
+    checked: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+
+    def warn_once(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(message, stacklevel=_stacklevel_of_caller())
+
+
+class DALS(torch.optim.Optimizer):
+    r"""Dynamic adaptive layered scaling (arXiv:2604.27295, section 3; SPEC, "One step").
+
+    For every parameter tensor p with gradient g, depth d and raw blend b = 0.3 + 0.4 d:
+
+    .. code-block:: text
+
+        h <- alpha h + (1 - alpha) g                 grad_ema; alpha = ema_decay[phase]
+        u <- b g + (1 - b) h
+        u <- u + weight_decay p
+        r <- clamp(trust_coefficient ||p|| / ||u||, *trust_clip), 1 where a norm is 0
+        m <- momentum m + u                          momentum_buffer
+        p <- p - lr s(t) r m
+
+    The phase (0 exploration, 1 exploitation, 2 refinement) is read off the loss: pass it by ``step(loss=loss)``,
+    ``observe_loss``, ``step(closure)`` or ``watch_loss``. Without a loss the phase stays 1, with a warning.
+
+    Args:
+        params: an ``nn.Module``, ``model.named_parameters()``, an iterable of tensors, or group dicts. Give the module
+            or the names: depths are read off them; without names a depth is the rank within its group.
+        lr: learning rate, a number >= 0 or a one-element tensor (default 0.03). Never written by the optimizer.
+        momentum: mu in [0, 1) (0.9).
+        weight_decay: lambda >= 0, coupled, added after the filter (1e-4).
+        trust_coefficient: gamma > 0 (0.02).
+        trust_clip: (low, high) bounds of the trust ratio ((0.2, 5.0)).
+        ema_decay: alpha in phase 0, 1, 2, each in [0, 1] ((0.3, 0.6, 0.7)). 1 bypasses the filter in that phase:
+            the EMA is frozen and u = g.
+        phase_thresholds: (t1, t2), t1 >= t2: relative drop of the loss EMA above which the phase is 0, or 1
+            ((0.01, 0.002)).
+        total_steps: length T of the built-in schedule: warm-up over ``warmup_fraction`` of T, then cosine to 0. None
+            (default) for no schedule of our own.
+        warmup_fraction: share of total_steps in [0, 1] (0.05).
+        restart_steps: length of the first cycle of cosine restarts instead (None), which takes one step less.
+        restart_mult: each cycle is this much longer, >= 1 (2).
+        depth: "auto" (default); a number; a dict of names or regular expressions to depths; or f(name, param) ->
+            depth. Values in [0, 1], 0 at the input. ``group["depth"]`` wins over all of them.
+        maximize: ascend instead (False).
+        foreach: False for the per-tensor reference path; None or True for torch._foreach.
+        fused: True is an error in this version, which has no fused kernels.
+
+    Every hyperparameter may be given per group, is read live from ``param_groups`` at each step and checked when it
+    changed. State per parameter is ``grad_ema`` and ``momentum_buffer`` of its shape, in float32 for bfloat16 and
+    float16 parameters, made at the first step for every parameter that trains.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type or out of range, naming argument and group.
+        RuntimeError: foreach and fused both True, fused not available; at ``step``: a sparse or complex gradient,
+            naming the parameter. All before any weight or state is changed.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 0.03,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        trust_coefficient: float = 0.02,
+        trust_clip: tuple[float, float] = (0.2, 5.0),
+        ema_decay: tuple[float, float, float] = (0.3, 0.6, 0.7),
+        phase_thresholds: tuple[float, float] = (0.01, 0.002),
+        total_steps: int | None = None,
+        warmup_fraction: float = 0.05,
+        restart_steps: int | None = None,
+        restart_mult: float = 2,
+        depth: DepthRule = "auto",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "trust_clip": trust_clip,
+            "ema_decay": ema_decay,
+            "phase_thresholds": phase_thresholds,
+            "total_steps": total_steps,
+            "warmup_fraction": warmup_fraction,
+            "restart_steps": restart_steps,
+            "restart_mult": restart_mult,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        _check_group(defaults, type(self).__name__)
+        names: list[str] = []
+        if isinstance(params, nn.Module):
+            params = list(params.named_parameters())
+            names = [name for name, _ in params]
+        self._runtime = _Runtime(DepthMap(depth, names))
+        super().__init__(params, defaults)
+        check_depth_keys(depth, self._runtime.depths.names)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, at any time; names, depths and hyperparameters are checked before it joins.
+
+        Depths of named parameters are ranks over all names known, so those of earlier groups may shift.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        index = len(self.param_groups)
+        where = f"group {index}"
+        if "params" not in param_group:
+            raise ValueError(f"{where}: 'params' is missing")
+        if isinstance(param_group["params"], nn.Module):
+            raise TypeError(f"{where}: 'params' is a module; pass its named_parameters()")
+        check_group_keys(param_group, where)
+        depths = self._runtime.depths
+        rule = check_rule(param_group.get("depth", depths.rule))
+        hyperparameters = {**self.defaults, **param_group, "depth": None}
+        _check_group(hyperparameters, where)
+
+        super().add_param_group(param_group)
+        try:
+            _drop_duplicates(param_group)
+            names = parameter_names(param_group)
+            labelled = list(zip(self._labels(index), param_group["params"], strict=True))
+            if isinstance(rule, Mapping) and names is None:
+                raise ValueError(
+                    f"{where}: depth is a dict of names, but the parameters have none: pass the model itself or "
+                    "model.named_parameters()"
+                )
+            if rule is not depths.rule:
+                check_depth_keys(rule, names or ())
+            depths.learn_rule(rule, labelled)
+            depths.learn_names(names or ())
+        except Exception:
+            del self.param_groups[index]
+            raise
+        # Groups hold plain numbers only, so that any checkpoint format can store them.
+        param_group.pop("depth", None)
+        if not isinstance(rule, str | Mapping) and not callable(rule):
+            param_group["depth"] = float(rule)
+        self._write_counters(wait=False)
+        if names is None and depths.ranks_positions(labelled, param_group.get("depth")):
+            self._runtime.warn_once(
+                "names",
+                f"{type(self).__name__} got parameters without names: their depth is their rank within the group. "
+                "Pass the model itself or model.named_parameters(), or set depth.",
+            )
+
+    # -- the loss -----------------------------------------------------------------------------------------------
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Hand over the loss of the coming step, a number or a scalar tensor on any device, without waiting for it.
+
+        Several before one step (gradient accumulation) are averaged; a mean that is not finite is ignored.
+        """
+        self._runtime.loss.observe(loss)
+
+    def watch_loss(self, module: nn.Module) -> RemovableHandle:
+        """Observe the loss that ``module`` returns at each forward pass in training mode with gradients on.
+
+        ``module`` is the criterion, or a model whose output is the loss, has it as ``.loss``, or is a dict with "loss".
+        Returns a handle whose ``remove()`` ends it. A copy of the module is not watched.
+        """
+        return watch(module, self._runtime.loss)
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
+        """One step. ``loss``, or what ``closure`` (called with gradients on) returns, moves the phase first.
+
+        Returns what the closure returned, None without one.
+        """
+        returned = None
+        if closure is not None:
+            with torch.enable_grad():
+                returned = closure()
+        self._check_live_groups()
+        batches = gather(self.param_groups, self.state)
+        for observed in (returned, loss):
+            if observed is not None:
+                self.observe_loss(observed)
+
+        if self._only_creates_state(batches):
+            create_missing_state(self.param_groups, self.state)
+            return returned
+        create_missing_state(self.param_groups, self.state)
+        runtime = self._runtime
+        if not runtime.loss.ever_observed:
+            runtime.warn_once(
+                "loss",
+                NO_LOSS_WARNING.format(optimizer=type(self).__name__, ema_decay=self.param_groups[0]["ema_decay"][1]),
+            )
+        runtime.loss.commit(batches[0].params[0].device if batches else runtime.loss.loss_ema.device)
+        runtime.trust_ratios = [
+            TrustRatios(batch.group_index, batch.positions, self._step_batch(batch)) for batch in batches
+        ]
+        runtime.step += 1
+        self._write_counters(wait=False)
+        return returned
+
+    def _step_batch(self, batch: TensorBatch) -> Tensor:
+        """Run one batch on the path its group asks for; returns the trust ratios, shape [n]."""
+        group = self.param_groups[batch.group_index]
+        device = batch.params[0].device
+        ema_decay, bypass = self._ema_decay(group, device)
+        blends = [raw_blend(depth) for depth in self._depths(batch.group_index)]
+        tensors = (
+            batch.params,
+            batch.grads,
+            [self.state[param]["grad_ema"] for param in batch.params],
+            [self.state[param]["momentum_buffer"] for param in batch.params],
+            [blends[position] for position in batch.positions],
+        )
+        scalars = {
+            "ema_decay": ema_decay,
+            "bypass": bypass,
+            "weight_decay": group["weight_decay"],
+            "trust_coefficient": group["trust_coefficient"],
+            "trust_clip": group["trust_clip"],
+            "momentum": group["momentum"],
+            "lr": self._scheduled_lr(group, device),
+            "maximize": group["maximize"],
+        }
+        if group["foreach"] is False:
+            return torch.stack([dals_reference_(*one, **scalars) for one in zip(*tensors, strict=True)])
+        return dals_foreach_(*tensors, **scalars)
+
+    def _ema_decay(self, group: dict[str, Any], device: torch.device) -> tuple[float | Tensor, bool | Tensor]:
+        """alpha of the present phase, and whether it bypasses the filter: plain values for the CPU, else tensors."""
+        alpha = self._runtime.loss.select(group["phase_thresholds"], group["ema_decay"])
+        if device.type == "cpu":
+            value = alpha.item()
+            return value, value == 1
+        alpha = alpha.to(device, non_blocking=True)
+        return alpha, alpha == 1 if 1 in group["ema_decay"] else False
+
+    def _scheduled_lr(self, group: dict[str, Any], device: torch.device) -> float | Tensor:
+        """eta = lr s(t)."""
+        factor = schedule_factor(
+            self._runtime.step,
+            total_steps=group["total_steps"],
+            warmup_fraction=group["warmup_fraction"],
+            restart_steps=group["restart_steps"],
+            restart_mult=group["restart_mult"],
+        )
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            return float(lr) * factor
+        if lr.device.type == "cpu":
+            return lr.item() * factor
+        return lr.detach().reshape(()).to(device, non_blocking=device.type != "cpu") * factor
+
+    def _check_live_groups(self) -> None:
+        """Check again what somebody changed in param_groups since the last step."""
+        for index, group in enumerate(self.param_groups):
+            values = tuple(value for key, value in group.items() if key in self.defaults and key != "lr")
+            lr = group["lr"]
+            values += (id(lr) if isinstance(lr, Tensor) else lr, group.get("depth"))
+            try:
+                unchanged = bool(self._runtime.checked.get(index) == values)
+            except (RuntimeError, ValueError):  # an array or tensor in a number's place
+                unchanged = False
+            if not unchanged:
+                _check_group(group, f"group {index}")
+                self._runtime.checked[index] = values
+
+    def _only_creates_state(self, batches: list[TensorBatch]) -> bool:
+        """Whether this is the call by which distributed checkpointing makes an optimizer create its state.
+
+        It calls step() once with lr 0 and zero gradients, without a loss; such a call must leave weights, counters
+        and phase alone. The look at the gradients waits for the device, but only a first step with lr 0 gets there.
+        """
+        if self.state or self._runtime.step or self._runtime.loss.ever_observed or not batches:
+            return False
+        lrs = [group["lr"] for group in self.param_groups]
+        if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs) or any(float(lr) != 0 for lr in lrs):
+            return False
+        return not any(bool(grad.any()) for batch in batches for grad in batch.grads)
+
+    # -- what a person looks at ---------------------------------------------------------------------------------
+
+    def depths(self) -> dict[str, float]:
+        """Depth of every parameter by its name (or its place in param_groups where it has none)."""
+        return {
+            label: depth
+            for index in range(len(self.param_groups))
+            for label, depth in zip(self._labels(index), self._depths(index), strict=True)
+        }
+
+    def current_lr(self) -> list[float]:
+        """lr s(t) of each group, as the next step will use it."""
+        return [float(self._scheduled_lr(group, torch.device("cpu"))) for group in self.param_groups]
+
+    def phases(self) -> list[int]:
+        """The phase of each group, as the last step used it: 0 exploration, 1 exploitation, 2 refinement."""
+        return [
+            int(self._runtime.loss.select(group["phase_thresholds"], (0, 1, 2)).item()) for group in self.param_groups
+        ]
+
+    def trust_ratios(self) -> dict[str, float]:
+        """The trust ratio r of every parameter that the last step updated, by its name."""
+        return trust_ratios_by_label(self.param_groups, self._runtime.trust_ratios)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch.optim.Optimizer; every group also carries step, loss_ema and loss_drop as plain numbers."""
+        self._write_counters(wait=True)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, bit for bit: state in its own precision, schedule and phase included.
+
+        Existing state tensors keep their memory; parameters and their names stay. A checkpoint that does not fit
+        raises a ValueError or TypeError that names the entry, and changes nothing.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        counters = load_checkpoint(self, state_dict)
+        self._runtime.step = int(counters["step"])
+        self._runtime.loss.restore(float(counters["loss_ema"]), float(counters["loss_drop"]))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_runtime": self._runtime}
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _write_counters(self, *, wait: bool) -> None:
+        """Put the run state into the groups as plain numbers; without ``wait`` only what is on the host already."""
+        loss = self._runtime.loss
+        counters: dict[str, float] = {"step": self._runtime.step}
+        if wait or loss.loss_ema.device.type == "cpu":
+            counters |= {"loss_ema": loss.loss_ema.item(), "loss_drop": loss.loss_drop.item()}
+        for group in self.param_groups:
+            group.update(counters)
+
+    def _labels(self, index: int) -> list[str]:
+        group = self.param_groups[index]
+        names = parameter_names(group)
+        if names is not None:
+            return list(names)
+        return [parameter_label(group, index, position) for position in range(len(group["params"]))]
+
+    def _depths(self, index: int) -> list[float]:
+        group = self.param_groups[index]
+        return self._runtime.depths.of_group(self._labels(index), parameter_names(group), group.get("depth"))
+
+
+class DALSFast(DALS):
+    """DALS with the presets of DALS-Fast: lr 0.05, momentum 0.85, no filter in phase 0, warm-up 2 %.
+
+    Every argument of DALS, with its meaning; only these defaults differ (SPEC, "The three members of the family").
+    """
+
+    PRESET: ClassVar[DALSOptions] = {"momentum": 0.85, "ema_decay": (1.0, 0.6, 0.7), "warmup_fraction": 0.02}
+
+    def __init__(self, params: Params, lr: float | Tensor = 0.05, **options: Unpack[DALSOptions]) -> None:
+        merged: DALSOptions = {**self.PRESET, **options}
+        super().__init__(params, lr, **merged)
+
+
+class DALSAcc(DALS):
+    """DALS with the presets of DALS-Acc: weight decay 5e-4, a stronger filter, cosine restarts from 1000 steps on.
+
+    Every argument of DALS, with its meaning; only these defaults differ (SPEC, "The three members of the family").
+    The restarts are on by default: pass ``restart_steps=None`` to use ``total_steps`` or a torch scheduler alone.
+    """
+
+    PRESET: ClassVar[DALSOptions] = {
+        "weight_decay": 5e-4,
+        "ema_decay": (0.55, 0.7, 0.8),
+        "phase_thresholds": (0.01, 0.001),
+        "restart_steps": 1000,
+        "restart_mult": 2,
+    }
+
+    def __init__(self, params: Params, lr: float | Tensor = 0.03, **options: Unpack[DALSOptions]) -> None:
+        merged: DALSOptions = {**self.PRESET, **options}
+        super().__init__(params, lr, **merged)
+
+
+def _stacklevel_of_caller() -> int:
+    """The stacklevel at which a warning points to the line outside this package and torch that led here."""
+    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _check_group(group: Mapping[str, Any], where: str) -> None:
+    check_hyperparameters(group, where)
+    if group["fused"]:
+        raise RuntimeError(
+            f"{where}: fused=True is not available: this version of fused_dals has no fused kernels; leave fused=None"
+        )
+
+
+def _drop_duplicates(param_group: dict[str, Any]) -> None:
+    """Keep the first of each parameter, so that tied weights listed twice are stepped once (torch has warned)."""
+    params, names = param_group["params"], param_group.get("param_names")
+    first = {param: position for position, param in reversed(list(enumerate(params)))}
+    kept = sorted(first.values())
+    param_group["params"] = [params[position] for position in kept]
+    if names is not None:
+        param_group["param_names"] = [names[position] for position in kept]

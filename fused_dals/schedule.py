@@ -1,0 +1,59 @@
+"""The built-in learning-rate schedules: pure functions of the number of completed steps.
+
+They return the factor s(t) of SPEC, section "Learning rate"; the optimizer multiplies ``group["lr"]`` by it
+when it steps and never writes the product back, so that torch schedulers keep working beside them.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def warmup_cosine(t: int, total_steps: int, warmup_fraction: float) -> float:
+    """s(t) of a linear warm-up over ``W = floor(warmup_fraction * total_steps)`` steps, then a cosine to 0.
+
+    ``s = t / W`` for ``t < W`` (so the first step has s = 0 when there is a warm-up),
+    ``s = (1 + cos(pi (t - W) / max(1, T - W))) / 2`` until ``t = T = total_steps``, and 0 from there on.
+    ``t`` is the number of completed steps, 0 at the first step.
+    """
+    if t >= total_steps:
+        return 0.0
+    warmup_steps = math.floor(warmup_fraction * total_steps)
+    if t < warmup_steps:
+        return t / warmup_steps
+    progress = (t - warmup_steps) / max(1, total_steps - warmup_steps)
+    return (1.0 + math.cos(math.pi * min(progress, 1.0))) / 2.0
+
+
+def cosine_restarts(t: int, restart_steps: int, restart_mult: float) -> float:
+    """s(t) of cosine cycles with warm restarts (SGDR): ``s = (1 + cos(pi c / length)) / 2``.
+
+    Cycle k is ``floor(restart_steps * restart_mult**k)`` steps long. The counter c goes up by one *before*
+    each step and falls to 0 when it reaches the length, so that the first cycle takes ``restart_steps - 1``
+    steps. In closed form: after t completed steps c has been raised t + 1 times.
+    """
+    position, cycle = t + 1, 0
+    length = restart_steps
+    if restart_mult == 1:  # all cycles alike: no walk over thousands of them
+        position %= length
+    while position >= length:
+        position -= length
+        cycle += 1
+        length = math.floor(restart_steps * restart_mult**cycle)
+    return (1.0 + math.cos(math.pi * position / length)) / 2.0
+
+
+def schedule_factor(
+    t: int,
+    *,
+    total_steps: int | None,
+    warmup_fraction: float,
+    restart_steps: int | None,
+    restart_mult: float,
+) -> float:
+    """s(t) for the schedule that these hyperparameters ask for; 1 when they ask for none."""
+    if total_steps is not None:
+        return warmup_cosine(t, total_steps, warmup_fraction)
+    if restart_steps is not None:
+        return cosine_restarts(t, restart_steps, restart_mult)
+    return 1.0

@@ -1,0 +1,33 @@
+"""What a person looks at: inner quantities as plain numbers by parameter name. Reading them may wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fused_dals.gather import parameter_label
+
+
+@dataclass
+class TrustRatios:
+    """Trust ratios of some parameters of a group, shape [n], as the last step left them on the device.
+
+    It keeps no parameter and no gradient alive.
+    """
+
+    group_index: int
+    positions: Sequence[int]
+    values: Tensor
+
+
+def trust_ratios_by_label(groups: Sequence[Mapping[str, Any]], measured: Sequence[TrustRatios]) -> dict[str, float]:
+    """Label -> r of every parameter that the last step updated, in the order of the groups."""
+    found = [
+        (some.group_index, position, ratio)
+        for some in measured
+        for position, ratio in zip(some.positions, some.values.tolist(), strict=True)
+    ]
+    return {parameter_label(groups[g], g, i): ratio for g, i, ratio in sorted(found)}

@@ -1,0 +1,22 @@
+"""Fresh but reproducible randomness: every run draws a seed, prints it, and takes it back from FUSED_DALS_TEST_SEED."""
+
+import os
+import random
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("FUSED_DALS_TEST_SEED", random.SystemRandom().randrange(2**31)))
+
+# One thread: the tensors of the tests are small, and test processes may share the cores.
+torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    return f"FUSED_DALS_TEST_SEED={SEED}"
+
+
+@pytest.fixture
+def seed() -> int:
+    torch.manual_seed(SEED)
+    return SEED

@@ -1,0 +1,285 @@
+"""Checkpoints: bit-identical resumption through every format, precision kept, and nothing lost on a bad one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_dals import DALS
+from tests.helpers import PATHS, PRESETS, ConvNet, batch, identical, snapshot, train_step
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "warmup": {"restart_steps": None, "total_steps": 40, "warmup_fraction": 0.5},
+    "restarts": {"restart_steps": 7, "restart_mult": 1.5},
+}
+
+
+def through_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+CARRIERS: dict[str, Callable[[Any], Any]] = {
+    "dict": lambda state: state,
+    "torch.save": through_file,
+    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+    "deepcopy": copy.deepcopy,
+}
+
+
+def resumed_run(
+    stop: int, carry: Callable[[Any], Any], build: Callable[[nn.Module], DALS], dtype: torch.dtype, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and state of an unbroken run of 30 steps, and of one that stopped after ``stop`` and went on anew."""
+    torch.manual_seed(seed)
+    data = [batch(dtype) for _ in range(30)]
+    start = ConvNet().to(dtype)
+
+    model = copy.deepcopy(start)
+    optimizer = build(model)
+    for one in data:
+        train_step(model, optimizer, one)
+    unbroken = snapshot(model, optimizer)
+
+    first = copy.deepcopy(start)
+    before = build(first)
+    for one in data[:stop]:
+        train_step(first, before, one)
+    saved = carry({"model": first.state_dict(), "optimizer": before.state_dict()})
+    second = ConvNet().to(dtype)
+    second.load_state_dict(saved["model"])
+    after = build(second)
+    after.load_state_dict(saved["optimizer"])
+    for one in data[stop:]:
+        train_step(second, after, one)
+    return unbroken, snapshot(second, after)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 10, 11, 29])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_resuming_is_bit_identical(preset: str, schedule: str, stop: int, seed: int) -> None:
+    """Mid warm-up, mid cycle, mid phase, before the first step."""
+
+    def build(model: nn.Module) -> DALS:
+        return PRESETS[preset](model, **SCHEDULES[schedule])
+
+    assert identical(*resumed_run(stop, through_file, build, torch.float32, seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_every_carrier_and_dtype(carrier: str, path: str, dtype: torch.dtype, seed: int) -> None:
+    assert identical(
+        *resumed_run(9, CARRIERS[carrier], lambda m: DALS(m, foreach=PATHS[path], total_steps=30), dtype, seed)
+    )
+
+
+def test_a_forgotten_counter_would_show(seed: int) -> None:
+    """Negative control: a resumption that loses the step count or the loss EMA is not bit-identical."""
+    for key, value in (("step", 0), ("loss_ema", float("inf"))):
+
+        def forget(state: Any, key: str = key, value: Any = value) -> Any:
+            state = copy.deepcopy(state)
+            state["optimizer"]["param_groups"][0][key] = value
+            return state
+
+        assert not identical(*resumed_run(9, forget, lambda m: DALS(m, total_steps=30), torch.float32, seed)), key
+
+
+def test_a_checkpoint_moves_between_the_paths(seed: int) -> None:
+    model = ConvNet()
+    fast = DALS(model)
+    for _ in range(3):
+        train_step(model, fast, batch(torch.float32))
+    slow = DALS(model, foreach=False)
+    saved = fast.state_dict()
+    saved["param_groups"][0]["foreach"] = False
+    slow.load_state_dict(saved)
+    assert identical(snapshot(model, fast), snapshot(model, slow))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters_keep_float32_state(dtype: torch.dtype, seed: int) -> None:
+    model = ConvNet().to(dtype)
+    optimizer = DALS(model)
+    train_step(model, optimizer, batch(dtype))
+    fresh = DALS(model)
+    fresh.load_state_dict(through_file(optimizer.state_dict()))
+    for p in model.parameters():
+        for key in ("grad_ema", "momentum_buffer"):
+            value = fresh.state[p][key]
+            assert value.dtype == torch.float32 and torch.equal(value, optimizer.state[p][key])
+            assert not torch.equal(value, value.to(dtype).float()) or value.numel() < 8, "float32 must be needed"
+
+
+def test_loading_copies_into_existing_state_and_aliases_nothing(seed: int) -> None:
+    model = ConvNet()
+    a, b = DALS(model), DALS(model)
+    train_step(model, a, batch(torch.float32))
+    train_step(model, b, batch(torch.float32))
+    addresses = [value.data_ptr() for p in model.parameters() for value in b.state[p].values()]
+    b.load_state_dict(a.state_dict())
+    assert addresses == [value.data_ptr() for p in model.parameters() for value in b.state[p].values()]
+    fresh = DALS(model)
+    fresh.load_state_dict(a.state_dict())
+    p = next(model.parameters())
+    before = a.state[p]["grad_ema"].clone()
+    fresh.state[p]["grad_ema"].add_(1)
+    assert torch.equal(before, a.state[p]["grad_ema"])
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
+def test_copies_of_the_optimizer_train_on_alike(copier: str, seed: int) -> None:
+    """Copied together with its model an optimizer goes on as the original does, counters and depths included."""
+    model = ConvNet()
+    optimizer = DALS(model, total_steps=20, depth={"head.*": 0.3})
+    for _ in range(5):
+        train_step(model, optimizer, batch(torch.float32))
+    pair = (model, optimizer)
+    other_model, other = copy.deepcopy(pair) if copier == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert other.depths() == optimizer.depths() and other.current_lr() == optimizer.current_lr()
+    assert other.phases() == optimizer.phases() and other.trust_ratios() == optimizer.trust_ratios()
+    for _ in range(5):
+        data = batch(torch.float32)
+        train_step(model, optimizer, data)
+        train_step(other_model, other, data)
+    assert identical(snapshot(model, optimizer), snapshot(other_model, other))
+    assert {k for k in vars(optimizer) if k[0] != "_"} == {k for k in vars(other) if k[0] != "_"}
+
+
+def test_hyperparameters_and_foreign_keys_come_back_names_stay(seed: int) -> None:
+    model = ConvNet()
+    saved_from = DALS(model, lr=torch.tensor(0.07), momentum=0.5)
+    saved_from.param_groups[0].update({"mine": "x", "initial_lr": 0.2, "depth": 0.25})
+    train_step(model, saved_from, batch(torch.float32))
+    saved = through_file(saved_from.state_dict())
+    saved["param_groups"][0]["param_names"] = ["module." + n for n in saved["param_groups"][0]["param_names"]]
+    optimizer = DALS(model)
+    optimizer.load_state_dict(saved)
+    group = optimizer.param_groups[0]
+    assert group["momentum"] == 0.5 and torch.equal(group["lr"], torch.tensor(0.07))
+    assert group["mine"] == "x" and group["initial_lr"] == 0.2
+    assert group["param_names"][0] == "scale" and set(optimizer.depths().values()) == {0.25}
+
+
+def test_state_dict_holds_tensors_of_the_parameters_shape_and_plain_numbers(seed: int) -> None:
+    model = ConvNet()
+    optimizer = DALS(model, total_steps=9)
+    train_step(model, optimizer, batch(torch.float32))
+    saved = optimizer.state_dict()
+    for p, entry in zip(model.parameters(), saved["state"].values(), strict=True):
+        assert {k: v.shape for k, v in entry.items()} == {"grad_ema": p.shape, "momentum_buffer": p.shape}
+    for key, value in saved["param_groups"][0].items():
+        flat = value if isinstance(value, (list, tuple)) else [value]
+        assert all(v is None or isinstance(v, (int, float, str)) for v in flat), key
+
+
+def test_load_hooks_run_and_may_replace_the_dict(seed: int) -> None:
+    model = ConvNet()
+    optimizer = DALS(model)
+    saved = optimizer.state_dict()
+    calls = []
+
+    def pre(_: Any, state: Any) -> Any:
+        calls.append("pre")
+        state = copy.deepcopy(state)
+        state["param_groups"][0]["momentum"] = 0.25
+        return state
+
+    optimizer.register_load_state_dict_pre_hook(pre)
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("post"))
+    optimizer.load_state_dict(saved)
+    assert calls == ["pre", "post"] and optimizer.param_groups[0]["momentum"] == 0.25
+
+
+def test_state_appears_and_vanishes_with_the_checkpoint(seed: int) -> None:
+    model = ConvNet()
+    optimizer = DALS(model)
+    empty = copy.deepcopy(optimizer.state_dict())
+    train_step(model, optimizer, batch(torch.float32))
+    optimizer.load_state_dict(empty)
+    assert not optimizer.state and optimizer.param_groups[0]["step"] == 0 and optimizer.phases() == [1]
+
+
+def spoil(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(saved: dict[str, Any]) -> None:
+        saved["param_groups"][0][key] = value
+
+    return change
+
+
+def drop(*path: Any) -> Callable[[dict[str, Any]], None]:
+    def change(saved: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            saved = saved[key]
+        del saved[path[-1]]
+
+    return change
+
+
+def put(value: Any, *path: Any) -> Callable[[dict[str, Any]], None]:
+    def change(saved: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            saved = saved[key]
+        saved[path[-1]] = value
+
+    return change
+
+
+BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "no state": (drop("state"), "'state' is missing"),
+    "no groups": (drop("param_groups"), "'param_groups' is missing"),
+    "group too many": (lambda s: s["param_groups"].append(s["param_groups"][0]), "different number of parameter"),
+    "params missing": (drop("param_groups", 0, "params"), "group 0: 'params' is missing"),
+    "params too few": (lambda s: s["param_groups"][0]["params"].pop(), "doesn't match the size"),
+    "no step": (drop("param_groups", 0, "step"), "'step' is missing"),
+    "negative step": (spoil("step", -1), "'step' must be an integer >= 0"),
+    "fractional step": (spoil("step", 1.5), "'step' must be an integer >= 0"),
+    "text loss": (spoil("loss_ema", "low"), "'loss_ema' must be a number"),
+    "no momentum": (drop("param_groups", 0, "momentum"), "momentum is missing"),
+    "bad lr": (spoil("lr", -1.0), "group 0: lr must be"),
+    "bad clip": (spoil("trust_clip", (5.0, 0.2)), "trust_clip must be"),
+    "foreign id": (put({"grad_ema": 1}, "state", 99), "state entry 99 belongs to no parameter"),
+    "missing entry": (drop("state", 1, "grad_ema"), "'conv.weight' has entries ['momentum_buffer']"),
+    "extra entry": (put(torch.ones(1), "state", 1, "exp_avg"), "'exp_avg'"),
+    "wrong shape": (put(torch.ones(3), "state", 1, "grad_ema"), "grad_ema of parameter 'conv.weight' has shape (3,)"),
+    "wrong type": (put("x", "state", 2, "momentum_buffer"), "momentum_buffer of parameter 'conv.bias' must be a"),
+    "wrong dtype": (put(torch.ones(4, dtype=torch.int64), "state", 2, "grad_ema"), "must be a floating tensor, got"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_checkpoint_changes_nothing_and_is_named(bad: str, seed: int) -> None:
+    change, words = BAD[bad]
+    model = ConvNet()
+    optimizer = DALS(model)
+    train_step(model, optimizer, batch(torch.float32))
+    before, groups = snapshot(model, optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        entry["grad_ema"] += 1
+    saved["param_groups"][0]["momentum"] = 0.1
+    change(saved)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        optimizer.load_state_dict(saved)
+    assert words in str(caught.value)
+    assert identical(before, snapshot(model, optimizer))
+    assert optimizer.state_dict()["param_groups"] == groups
+
+
+def test_another_optimizers_checkpoint_is_refused(seed: int) -> None:
+    model = ConvNet()
+    adam = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="written by another optimizer"):
+        DALS(model).load_state_dict(adam.state_dict())

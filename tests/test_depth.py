@@ -1,0 +1,213 @@
+"""Depths: the rule, the forms of params it must see through, overrides and their errors."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fused_dals import DALS, infer_depths
+from fused_dals.depth import depths_from_names
+from tests.helpers import ConvNet, mlp
+
+
+class Transformer(nn.Module):
+    """Names as in the wild: integers beyond nine, a norm at the end, a tied head, root parameters."""
+
+    def __init__(self, layers: int = 12) -> None:
+        super().__init__()
+        self.pos = nn.Parameter(torch.zeros(4, 8))
+        self.embed = nn.Embedding(10, 8)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {"norm1": nn.LayerNorm(8), "attn": nn.Linear(8, 8), "norm2": nn.LayerNorm(8), "mlp": mlp(8, 9, 8)}
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def ranks_by_definition(model: nn.Module) -> dict[str, float]:
+    """The SPEC's sentence on the module tree itself: rank of the parameter-owning module in registration order."""
+    first_owner: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            first_owner.setdefault(id(parameter), name)
+    owners = list(dict.fromkeys(first_owner.values()))
+    return {
+        name: owners.index(first_owner[id(p)]) / (len(owners) - 1) if len(owners) > 1 else 0.5
+        for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("model", [ConvNet(), Transformer(), mlp(3, 4), mlp(3, 4, 5, 6)])
+def test_auto_is_the_rank_of_the_owning_module(model: nn.Module) -> None:
+    expected = ranks_by_definition(model)
+    assert infer_depths(model) == expected
+    assert DALS(model).depths() == expected
+    assert DALS(model.named_parameters()).depths() == expected
+    assert DALS([{"params": model.named_parameters()}]).depths() == expected
+    assert DALS([{"params": [pair]} for pair in model.named_parameters()]).depths() == expected
+
+
+def test_four_linear_children_are_thirds_apart() -> None:
+    """Task A's net, both granularities."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(2, 2) for _ in range(4))
+
+    for granularity in ("modules", "children"):
+        depths = infer_depths(Net(), granularity=granularity)
+        assert list(depths.values()) == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])
+
+
+def test_children_rule() -> None:
+    assert infer_depths(ConvNet(), "children") == {
+        "scale": 0.0, "conv.weight": 0.0, "conv.bias": 0.0, "norm.weight": 0.5, "norm.bias": 0.5,
+        "head.0.weight": 1.0, "head.0.bias": 1.0, "head.2.weight": 1.0, "head.2.bias": 1.0,
+    }  # fmt: skip
+    assert set(infer_depths(nn.Sequential(nn.Linear(2, 2)), "children").values()) == {0.5}
+    assert set(infer_depths(nn.Linear(2, 2), "children").values()) == {0.5}
+    assert infer_depths(nn.ReLU()) == {}
+
+
+def test_infer_depths_errors() -> None:
+    with pytest.raises(ValueError, match="granularity must be"):
+        infer_depths(ConvNet(), "layers")
+    with pytest.raises(TypeError, match=r"torch.nn.Module, got list"):
+        infer_depths([1])
+
+
+def test_decay_and_no_decay_groups_keep_the_models_order() -> None:
+    """The usual split puts norms and biases into a second group; depths must not follow that order."""
+    model = Transformer()
+    split: list[list[Any]] = [[], []]
+    for name, p in model.named_parameters():
+        split[p.ndim < 2].append((name, p))
+    optimizer = DALS([{"params": split[0]}, {"params": split[1], "weight_decay": 0.0}])
+    depths, expected = optimizer.depths(), ranks_by_definition(model)
+    assert depths.keys() == expected.keys()
+    block = 1 / 5 * 5 / len(set(expected.values()))  # modules of one block may swap places, blocks may not
+    assert max(abs(depths[name] - expected[name]) for name in expected) < 5 * block
+    for layer in range(11):
+        assert max(d for n, d in depths.items() if n.startswith(f"layers.{layer}.")) < min(
+            d for n, d in depths.items() if n.startswith(f"layers.{layer + 1}.")
+        )
+
+
+def test_wrapped_names_change_nothing() -> None:
+    names = [name for name, _ in Transformer().named_parameters()]
+    plain = list(depths_from_names(names).values())
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        assert list(depths_from_names([prefix + name for name in names]).values()) == plain
+
+
+def test_without_names_depth_is_the_rank_in_the_group_and_says_so_once() -> None:
+    model = mlp(3, 4, 5)
+    with pytest.warns(UserWarning, match="named_parameters") as caught:
+        optimizer = DALS(model.parameters())
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert list(optimizer.depths().values()) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert list(optimizer.depths())[3] == "param_groups[0].params[3]"
+    with pytest.warns(UserWarning):
+        optimizer = DALS([{"params": model[0].parameters()}, {"params": [model[2].weight]}])
+    assert list(optimizer.depths().values()) == [0, 1, 0.5]
+
+
+@pytest.mark.parametrize("depth", [0.25, lambda name, p: 0.25])
+def test_a_given_depth_needs_no_names(depth: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(DALS(mlp(3, 4, 5).parameters(), depth=depth).depths().values()) == {0.25}
+        groups = [{"params": mlp(3, 4).parameters(), "depth": depth}]
+        assert set(DALS(groups).depths().values()) == {0.25}
+
+
+def test_dict_names_win_over_expressions_and_both_over_auto() -> None:
+    model = ConvNet()
+    rule = {r"head\..*": 0.9, "head.0.bias": 0.1, r"head\.2.*": 0.8}
+    depths = DALS(model, depth=rule).depths()
+    assert depths["head.0.weight"] == depths["head.2.weight"] == 0.9
+    assert depths["head.0.bias"] == 0.1
+    assert depths["conv.weight"] == infer_depths(model)["conv.weight"]
+    assert DALS(model.named_parameters(), depth=rule).depths() == depths
+
+
+def test_callable_sees_name_and_parameter() -> None:
+    depths = DALS(ConvNet(), depth=lambda name, p: 0.0 if p.ndim == 1 else 0.9 if "head" in name else 0.5).depths()
+    assert depths["norm.bias"] == 0.0 and depths["head.0.weight"] == 0.9 and depths["conv.weight"] == 0.5
+
+
+def test_group_depth_wins_and_is_live() -> None:
+    model = ConvNet()
+    named = list(model.named_parameters())
+    optimizer = DALS([{"params": named[:3]}, {"params": named[3:], "depth": 0.2}], depth={"conv.bias": 0.6})
+    depths = optimizer.depths()
+    assert depths["conv.bias"] == 0.6 and {depths[n] for n, _ in named[3:]} == {0.2}
+    optimizer.param_groups[0]["depth"] = 0.4
+    assert {optimizer.depths()[n] for n, _ in named[:3]} == {0.4}
+    del optimizer.param_groups[1]["depth"]
+    assert optimizer.depths()[named[-1][0]] == 1.0
+
+
+def test_depth_follows_parameters_that_are_swapped() -> None:
+    """Wrappers replace the tensors of a group after the optimizer was built; names and places stay."""
+    model = mlp(3, 4, 5)
+    optimizer = DALS(model)
+    expected = optimizer.depths()
+    group = optimizer.param_groups[0]
+    group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+    assert optimizer.depths() == expected
+
+
+def test_added_groups_join_the_scale() -> None:
+    body, head = mlp(3, 4, 5), nn.Linear(5, 2)
+    optimizer = DALS([("body." + n, p) for n, p in body.named_parameters()])
+    assert optimizer.depths()["body.2.bias"] == 1.0
+    optimizer.add_param_group({"params": [("head." + n, p) for n, p in head.named_parameters()]})
+    assert optimizer.depths()["body.2.bias"] == 0.5 and optimizer.depths()["head.bias"] == 1.0
+
+
+def test_a_frozen_backbone_counts() -> None:
+    model = mlp(3, 4, 5)
+    model[0].requires_grad_(False)
+    assert DALS(model).depths()["2.weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"),
+    [
+        ({"conv.weight": 1.5}, "'conv.weight' must be in [0, 1], got 1.5"),
+        ({"conv.weight": float("nan")}, "'conv.weight' must be in [0, 1], got nan"),
+        ({"nothing": 0.5}, "'nothing' matches no parameter"),
+        ({"conv": 0.5}, "'conv' matches no parameter"),
+        ({"conv.(": 0.5}, "'conv.(' is no parameter name and no regular expression"),
+        (lambda name, p: -0.1 if name == "norm.bias" else 0.5, "'norm.bias' must be in [0, 1], got -0.1"),
+        ("deep", "depth must be 'auto'"),
+        (2.0, "must be in [0, 1], got 2.0"),
+    ],
+)
+def test_depth_errors(depth: Any, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        DALS(ConvNet(), depth=depth)
+    assert words in str(caught.value)
+    with pytest.raises(ValueError):
+        DALS([{"params": ConvNet().named_parameters(), "depth": depth}])
+
+
+@pytest.mark.parametrize("depth", [None, [0.5], {"conv.weight": "deep"}, lambda name, p: None])
+def test_depth_of_a_wrong_type(depth: Any) -> None:
+    with pytest.raises(TypeError, match="depth"):
+        DALS(ConvNet(), depth=depth)
+
+
+def test_names_in_a_dict_need_named_parameters() -> None:
+    with pytest.raises(ValueError, match="pass the model"):
+        DALS(ConvNet().parameters(), depth={"conv.weight": 0.5})

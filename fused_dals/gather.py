@@ -67,6 +67,11 @@ def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str,
 
 def _problem(param: Tensor, grad: Tensor, state: Mapping[str, Tensor] | None) -> str:
     """What is wrong with a parameter and what to do about it; empty if nothing is."""
+    if hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False):
+        return (
+            "it is sharded (a DTensor or an FSDP1 flat parameter), and the norms of its trust ratio would be those of "
+            "the local shard; this version serves unsharded parameters, as DistributedDataParallel has them"
+        )
     if grad.layout != torch.strided:
         return f"its gradient is sparse ({grad.layout}); make it dense, e.g. nn.Embedding(..., sparse=False)"
     for what, dtype in (("it", param.dtype), ("its gradient", grad.dtype)):

@@ -181,7 +181,7 @@ class DALS(torch.optim.Optimizer):
         param_group.pop("depth", None)
         if not isinstance(rule, str | Mapping) and not callable(rule):
             param_group["depth"] = float(rule)
-        self._write_counters(wait=False)
+        self._write_counters(wait=True)
         if names is None and depths.ranks_positions(labelled, param_group.get("depth")):
             self._runtime.warn_once(
                 "names",
@@ -299,7 +299,9 @@ class DALS(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             values = tuple(value for key, value in group.items() if key in self.defaults and key != "lr")
             lr = group["lr"]
-            values += (id(lr) if isinstance(lr, Tensor) else lr, group.get("depth"))
+            if isinstance(lr, Tensor):
+                lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else id(lr)
+            values += (lr, group.get("depth"))
             try:
                 unchanged = bool(self._runtime.checked.get(index) == values)
             except (RuntimeError, ValueError):  # an array or tensor in a number's place

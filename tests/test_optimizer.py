@@ -334,17 +334,24 @@ def test_several_dtypes_in_one_group(seed: int) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_norms_of_low_precision_and_long_tensors_are_exact(path: str) -> None:
-    """bfloat16 norms must not be rounded to bfloat16, and ten million float32 must not drift."""
-    for tensor in (torch.linspace(1, 2, 1001).bfloat16(), torch.rand(10_000_000) + 1):
-        p = nn.Parameter(tensor)
-        p.grad = torch.ones_like(p)
-        optimizer = build("dals", path, [("p", p)], weight_decay=0.0, trust_clip=(0.0, math.inf), depth=0.0)
-        truth = 0.02 * tensor.double().norm().item()
-        optimizer.step(loss=1.0)
-        u = 0.3 + 0.7 * 0.7  # b g + (1 - b) h with h = (1 - 0.3) g
-        truth /= u * math.sqrt(tensor.numel())
-        assert optimizer.trust_ratios()["p"] == pytest.approx(truth, rel=1e-6)
+@pytest.mark.parametrize(
+    ("tensor", "bound"),
+    [
+        (torch.linspace(1, 2, 1001).bfloat16(), 1e-6),
+        (torch.linspace(1, 2, 1001).half(), 1e-6),
+        (torch.linspace(-1, 2, 10_000_000), 2e-6),
+        (torch.full((10_000_000,), 0.1), 2e-5),  # equal elements round alike; torch's own float32 norm is off by 8e-3
+    ],
+    ids=["bfloat16", "float16", "ten million", "ten million equal"],
+)
+def test_norms_are_neither_rounded_nor_adrift(tensor: Tensor, bound: float, path: str) -> None:
+    p = nn.Parameter(tensor.clone())
+    p.grad = torch.ones_like(p)
+    optimizer = build("dals", path, [("p", p)], weight_decay=0.0, trust_clip=(0.0, math.inf), depth=0.0)
+    optimizer.step(loss=1.0)
+    u = 0.3 + 0.7 * 0.7  # b g + (1 - b) h with h = (1 - 0.3) g
+    truth = 0.02 * tensor.double().norm().item() / (u * math.sqrt(tensor.numel()))
+    assert optimizer.trust_ratios()["p"] == pytest.approx(truth, rel=bound)
 
 
 def test_one_nan_stays_in_its_tensor(seed: int) -> None:

@@ -136,3 +136,8 @@ def test_lr_may_become_a_tensor_or_a_number_at_any_time() -> None:
             optimizer.param_groups[0]["lr"] = lr
             step(optimizer)
             assert optimizer.current_lr() == pytest.approx([float(lr)])
+    lr = optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    step(optimizer)
+    lr.fill_(-1.0)
+    with pytest.raises(ValueError, match="group 0: lr must be"):
+        step(optimizer)

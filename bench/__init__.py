@@ -1,0 +1,1 @@
+"""Demonstration and benchmarks of fused_dals; run ``python -m bench --help``."""

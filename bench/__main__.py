@@ -1,0 +1,31 @@
+"""Command line of the benchmarks: one subcommand per module, imported only when it is chosen."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "train a small task with the DALS family, SGD and AdamW; table, figure, JSON",
+    "micro": "time one optimizer step on real parameter lists; table, JSON",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    listing = "\n".join(f"  {name:<8}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Demonstration and benchmarks of fused_dals.",
+        epilog=f"commands:\n{listing}\n\n'python -m bench COMMAND --help' lists its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command")
+    args = parser.parse_args(argv)
+    module = importlib.import_module(f"bench.{args.command}")
+    status: int = module.main(args.options)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

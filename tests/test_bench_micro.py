@@ -111,5 +111,5 @@ def test_impossible_options_are_refused(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_missing_extra_is_one_clear_line() -> None:
-    with pytest.raises(SystemExit, match=r"no_such_module missing: pip install 'fused_dals\[demo\]'"):
+    with pytest.raises(SystemExit, match=r"no_such_module missing: pip install '\.\[demo\]'"):
         extras.require("json", "no_such_module")

@@ -9,15 +9,16 @@ from torch import nn
 
 from bench import published
 from bench.strategies import STRATEGIES
-from bench.training import train
+from bench.training import first_epochs, train
 from fused_dals import DALS
 
 FAMILY = ["DALS", "DALS-Fast", "DALS-Acc"]
 
-#: Test accuracy in points by which a run moves when one initial weight changes in its last bit (seen: up to 1.2).
-CHAOS = 1.5
+#: Epochs by which a run reaches 90 % earlier or later when one initial weight changes in its last bit: of ten such runs
+#: DALS moved in none, DALS-Fast in five, DALS-Acc in four. The epochs at 60, 70 and 80 % moved in none.
+CHAOS = {"DALS": 0, "DALS-Fast": 1, "DALS-Acc": 1}
 
-#: After one epoch of warm-up the run is not chaotic yet: every path and every such change gave these two values.
+#: Test accuracy after the first epoch, the same in all of those runs and on both paths.
 AFTER_FIRST_EPOCH = {"DALS": 56.45, "DALS-Fast": 79.70}
 
 
@@ -26,18 +27,18 @@ def accuracy(strategy: str, epochs: int) -> list[float]:
 
 
 def reaches_as_published(strategy: str, values: list[float]) -> bool:
-    """Whether each threshold is first reached in its published epoch, up to CHAOS points of accuracy."""
-    for threshold, epoch in zip(published.THRESHOLDS, published.FIRST_EPOCHS[strategy], strict=True):
-        before, then = values[: epoch - 1], values[epoch - 1]
-        if then < threshold - CHAOS or any(value >= threshold + CHAOS for value in before):
-            return False
+    """Whether each threshold is first reached in its published epoch, the last one up to CHAOS."""
+    *early, last = first_epochs(values, published.THRESHOLDS)
+    *published_early, published_last = published.FIRST_EPOCHS[strategy]
+    if early != published_early or last is None or abs(last - published_last) > CHAOS[strategy]:
+        return False
     first = AFTER_FIRST_EPOCH.get(strategy)
     return first is None or abs(values[0] - first) < 0.15
 
 
 @pytest.mark.parametrize("strategy", FAMILY)
 def test_first_epochs_are_the_published_ones(strategy: str) -> None:
-    values = accuracy(strategy, max(published.FIRST_EPOCHS[strategy]))
+    values = accuracy(strategy, published.FIRST_EPOCHS[strategy][-1] + CHAOS[strategy])
     assert reaches_as_published(strategy, values), values
 
 

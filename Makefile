@@ -4,16 +4,18 @@ TORCH ?= torch==2.13.0
 TASK ?= synthetic-a
 EPOCHS ?=
 BIN := .venv/bin
+# Another TORCH makes the environment anew.
+READY := .venv/ready-$(subst /,_,$(subst =,-,$(TORCH)))
 
 .PHONY: demo test test-slow lint types bench clean help
 
 help:
 	@echo "make demo [TASK=synthetic-a|digits] [EPOCHS=80]   train with DALS, DALS-Fast, DALS-Acc, SGD, AdamW"
 	@echo "make test        lint, types, tests;  make test-slow  the long training runs too"
-	@echo "make bench       step time on this machine's CPU"
+	@echo "make bench       step time on this machine's CPU;  python -m bench gpu for one with a GPU"
 
 # torch comes first and pinned: another package that asks for it must find it installed.
-.venv/ready: Makefile requirements-dev.txt pyproject.toml setup.cfg
+$(READY): Makefile requirements-dev.txt pyproject.toml setup.cfg
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
@@ -21,7 +23,7 @@ help:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-demo: .venv/ready
+demo: $(READY)
 	$(BIN)/python -m bench demo --task $(TASK) $(if $(EPOCHS),--epochs $(EPOCHS))
 
 test: lint types
@@ -30,14 +32,14 @@ test: lint types
 test-slow: lint types
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-lint: .venv/ready
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/ready
+types: $(READY)
 	$(BIN)/mypy
 
-bench: .venv/ready
+bench: $(READY)
 	$(BIN)/python -m bench micro
 
 clean:

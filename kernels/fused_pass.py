@@ -1,0 +1,281 @@
+"""The fused pass: one kernel, driven by a work list, that does the whole update of any number of tensors.
+
+    stage A   h <- alpha h + (1 - alpha) g;  u <- b g + (1 - b) h + lambda p;  partial sums of p^2 and u^2 per chunk
+    between   r <- clamp(gamma ||p|| / ||u||), 1 where a norm is 0, by the last chunk of a tensor to arrive
+    stage B   m <- mu m + u;  p <- p - eta r m
+
+Persistent programs draw items (tensor, chunk, stage) from an atomic ticket counter, in list order. A stage B item waits
+for its tensor's ratio; that only ever depends on items with lower tickets, which running programs hold, so that no
+number of resident programs is needed for progress. Partials are added in index order by one program: no float atomics,
+the same bits at every run.
+
+Two traps shaped the code. A mask computed from a length that was loaded makes every access scalar, so full chunks of
+aligned tensors take an unmasked branch, and everything else goes through a masked one. And pointers come as integers
+from a table, so each needs ``tl.multiple_of``, on the pointer and not on the integer, to get 128-bit accesses.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_dals.kernels import layout
+
+# Compile-time copies of the table's columns: kernels read only constexpr globals.
+PARAM = tl.constexpr(layout.PARAM)
+GRAD_EMA = tl.constexpr(layout.GRAD_EMA)
+MOMENTUM_BUFFER = tl.constexpr(layout.MOMENTUM_BUFFER)
+NUMEL = tl.constexpr(layout.NUMEL)
+FIRST_CHUNK = tl.constexpr(layout.FIRST_CHUNK)
+CHUNKS = tl.constexpr(layout.CHUNKS)
+GROUP = tl.constexpr(layout.GROUP)
+ACCESS = tl.constexpr(layout.ACCESS)
+DIMS = tl.constexpr(layout.DIMS)
+TENSOR_WIDTH = tl.constexpr(len(layout.TENSOR_COLUMNS))
+SCALAR_WIDTH = tl.constexpr(len(layout.SCALAR_COLUMNS))
+WIDE = tl.constexpr(layout.WIDE)
+STRIDED = tl.constexpr(layout.STRIDED)
+MAX_DIMS = tl.constexpr(layout.MAX_DIMS)
+CHUNK_MASK = tl.constexpr(layout.CHUNK_MASK)
+TENSOR_SHIFT = tl.constexpr(layout.TENSOR_SHIFT)
+
+#: Elements that the masked branch handles at a time. With 1024 here and below the kernel needs up to 168 registers at 8
+#: warps and spills in some variants; with 512 and 256 at most 128 (sm_90), so that two programs fit on an SM.
+PIECE = tl.constexpr(512)
+#: Partial sums that the last arrival adds per turn.
+PARTIALS_PER_TURN = tl.constexpr(256)
+
+
+@triton.jit
+def _filtered_update(p, g, h, blend, scalars):
+    """h and u of one tile, in float32."""
+    alpha = tl.load(scalars)
+    one_minus_alpha = tl.load(scalars + 1)
+    bypass = tl.load(scalars + 2)
+    weight_decay = tl.load(scalars + 3)
+    sign = tl.load(scalars + 9)
+    b = tl.where(bypass != 0, 1.0, blend)
+    g = sign * g
+    h = alpha * h + one_minus_alpha * g
+    u = b * g + (1 - b) * h + weight_decay * p
+    return h, u
+
+
+@triton.jit
+def _stage_a_tile(
+    p_ptr, g_ptr, h_ptr, m_ptr, p_at, g_at, at, mask, blend, scalars, A_WRITES: tl.constexpr, MASKED: tl.constexpr
+):
+    """Sums of p^2 and u^2 over one tile; writes h and m too where that is stage A's work."""
+    if MASKED:
+        p = tl.load(p_ptr + p_at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + g_at, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        p = tl.load(p_ptr + p_at).to(tl.float32)
+        g = tl.load(g_ptr + g_at).to(tl.float32)
+        h = tl.load(h_ptr + at).to(tl.float32)
+    h, u = _filtered_update(p, g, h, blend, scalars)
+    if A_WRITES:
+        momentum = tl.load(scalars + 7)
+        if MASKED:
+            m = momentum * tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32) + u
+            tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
+            tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=mask)
+        else:
+            m = momentum * tl.load(m_ptr + at).to(tl.float32) + u
+            tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty))
+            tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty))
+    return tl.sum(p * p), tl.sum(u * u)
+
+
+@triton.jit
+def _stage_b_tile(
+    p_ptr,
+    g_ptr,
+    h_ptr,
+    m_ptr,
+    p_at,
+    g_at,
+    at,
+    mask,
+    blend,
+    ratio,
+    scalars,
+    A_WRITES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Write p, and h and m where stage A has not."""
+    momentum = tl.load(scalars + 7)
+    eta = tl.load(scalars + 8)
+    if MASKED:
+        p = tl.load(p_ptr + p_at, mask=mask, other=0.0).to(tl.float32)
+        m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        p = tl.load(p_ptr + p_at).to(tl.float32)
+        m = tl.load(m_ptr + at).to(tl.float32)
+    if not A_WRITES:
+        if MASKED:
+            g = tl.load(g_ptr + g_at, mask=mask, other=0.0).to(tl.float32)
+            h = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            g = tl.load(g_ptr + g_at).to(tl.float32)
+            h = tl.load(h_ptr + at).to(tl.float32)
+        h, u = _filtered_update(p, g, h, blend, scalars)
+        # p follows the buffer as it is stored, so that both divisions of the work give the same bits.
+        m = (momentum * m + u).to(m_ptr.dtype.element_ty).to(tl.float32)
+        if MASKED:
+            tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
+            tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty))
+            tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty))
+    p = p - (eta * ratio) * m
+    if MASKED:
+        tl.store(p_ptr + p_at, p.to(p_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(p_ptr + p_at, p.to(p_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _strided_offsets(at, dims):
+    """Offsets of elements in parameter and gradient from their index in the state, innermost dimension first."""
+    p_at = tl.zeros_like(at)
+    g_at = tl.zeros_like(at)
+    for dim in tl.static_range(MAX_DIMS):
+        size = tl.load(dims + dim)
+        index = at % size
+        at = at // size
+        p_at += index * tl.load(dims + MAX_DIMS + dim)
+        g_at += index * tl.load(dims + 2 * MAX_DIMS + dim)
+    return p_at, g_at
+
+
+@triton.jit
+def _trust_ratio(partials, chunks, scalars):
+    """r from the partial sums of a tensor, which are complete; added in index order, in float64."""
+    p_squares = tl.zeros([PARTIALS_PER_TURN], dtype=tl.float64)
+    u_squares = tl.zeros([PARTIALS_PER_TURN], dtype=tl.float64)
+    for start in range(0, chunks, PARTIALS_PER_TURN):
+        at = start + tl.arange(0, PARTIALS_PER_TURN)
+        mask = at < chunks
+        p_squares += tl.load(partials + 2 * at, mask=mask, other=0.0).to(tl.float64)
+        u_squares += tl.load(partials + 2 * at + 1, mask=mask, other=0.0).to(tl.float64)
+    p_norm = tl.sqrt(tl.sum(p_squares))
+    u_norm = tl.sqrt(tl.sum(u_squares))
+    gamma = tl.load(scalars + 4).to(tl.float64)
+    low = tl.load(scalars + 5).to(tl.float64)
+    high = tl.load(scalars + 6).to(tl.float64)
+    degenerate = (p_norm == 0) | (u_norm == 0)
+    ratio = gamma * p_norm / tl.where(degenerate, 1.0, u_norm)
+    ratio = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))  # NaN stays NaN
+    return tl.where(degenerate, 1.0, ratio).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["item_count"])
+def fused_pass(
+    tensors,  # int64 [n, TENSOR_WIDTH]
+    grads,  # int64 [n]: addresses of the gradients
+    dims,  # int64 [strided tensors, 3 * MAX_DIMS]
+    blends,  # float32 [n]: b
+    scalars,  # float32 [groups, SCALAR_WIDTH]
+    items,  # int64 [item_count], packed
+    partials,  # float32 [all chunks, 2]
+    ratios,  # float32 [n]: r
+    arrivals,  # int32 [n], 0
+    ready,  # int32 [n], 0
+    counter,  # int32 [1], 0
+    item_count,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    STATE_TYPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    A_WRITES: tl.constexpr,
+):
+    """Run the items of a work list until none is left."""
+    ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+    while ticket < item_count:
+        item = tl.load(items + ticket)
+        tensor = item >> TENSOR_SHIFT
+        chunk = (item >> 1) & CHUNK_MASK
+        row = tensors + tensor * TENSOR_WIDTH
+        p_address = tl.load(row + PARAM)
+        g_address = tl.load(grads + tensor)
+        h_address = tl.load(row + GRAD_EMA)
+        m_address = tl.load(row + MOMENTUM_BUFFER)
+        numel = tl.load(row + NUMEL)
+        first_chunk = tl.load(row + FIRST_CHUNK)
+        access = tl.load(row + ACCESS)
+        scalar_row = scalars + tl.load(row + GROUP) * SCALAR_WIDTH
+        blend = tl.load(blends + tensor)
+        start = chunk * CHUNK
+        wide = (access == WIDE) & (start + CHUNK <= numel)
+
+        if item & 1 == 0:
+            if wide:
+                p_ptr = tl.multiple_of(p_address.to(tl.pointer_type(PARAM_TYPE)), 16)
+                g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRAD_TYPE)), 16)
+                h_ptr = tl.multiple_of(h_address.to(tl.pointer_type(STATE_TYPE)), 16)
+                m_ptr = tl.multiple_of(m_address.to(tl.pointer_type(STATE_TYPE)), 16)
+                at = start + tl.arange(0, CHUNK)
+                p_square, u_square = _stage_a_tile(
+                    p_ptr, g_ptr, h_ptr, m_ptr, at, at, at, None, blend, scalar_row, A_WRITES, False
+                )
+            else:
+                p_ptr = p_address.to(tl.pointer_type(PARAM_TYPE))
+                g_ptr = g_address.to(tl.pointer_type(GRAD_TYPE))
+                h_ptr = h_address.to(tl.pointer_type(STATE_TYPE))
+                m_ptr = m_address.to(tl.pointer_type(STATE_TYPE))
+                p_square = 0.0
+                u_square = 0.0
+                stop = tl.minimum(start + CHUNK, numel)
+                for piece in range(start, stop, PIECE):
+                    at = piece + tl.arange(0, PIECE)
+                    mask = at < stop
+                    p_at = at
+                    g_at = at
+                    if access == STRIDED:
+                        p_at, g_at = _strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+                    p_part, u_part = _stage_a_tile(
+                        p_ptr, g_ptr, h_ptr, m_ptr, p_at, g_at, at, mask, blend, scalar_row, A_WRITES, True
+                    )
+                    p_square += p_part
+                    u_square += u_part
+            tl.store(partials + 2 * (first_chunk + chunk), p_square)
+            tl.store(partials + 2 * (first_chunk + chunk) + 1, u_square)
+            # All threads of the program have written before one of them announces it.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel", scope="gpu")
+            chunks = tl.load(row + CHUNKS)
+            if arrived == chunks - 1:
+                tl.store(ratios + tensor, _trust_ratio(partials + 2 * first_chunk, chunks, scalar_row))
+                tl.debug_barrier()
+                tl.atomic_xchg(ready + tensor, 1, sem="release", scope="gpu")
+        else:
+            is_ready = tl.atomic_add(ready + tensor, 0, sem="acquire", scope="gpu")
+            while is_ready == 0:
+                is_ready = tl.atomic_add(ready + tensor, 0, sem="acquire", scope="gpu")
+            ratio = tl.load(ratios + tensor)
+            if wide:
+                p_ptr = tl.multiple_of(p_address.to(tl.pointer_type(PARAM_TYPE)), 16)
+                g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRAD_TYPE)), 16)
+                h_ptr = tl.multiple_of(h_address.to(tl.pointer_type(STATE_TYPE)), 16)
+                m_ptr = tl.multiple_of(m_address.to(tl.pointer_type(STATE_TYPE)), 16)
+                at = start + tl.arange(0, CHUNK)
+                _stage_b_tile(p_ptr, g_ptr, h_ptr, m_ptr, at, at, at, None, blend, ratio, scalar_row, A_WRITES, False)
+            else:
+                p_ptr = p_address.to(tl.pointer_type(PARAM_TYPE))
+                g_ptr = g_address.to(tl.pointer_type(GRAD_TYPE))
+                h_ptr = h_address.to(tl.pointer_type(STATE_TYPE))
+                m_ptr = m_address.to(tl.pointer_type(STATE_TYPE))
+                stop = tl.minimum(start + CHUNK, numel)
+                for piece in range(start, stop, PIECE):
+                    at = piece + tl.arange(0, PIECE)
+                    mask = at < stop
+                    p_at = at
+                    g_at = at
+                    if access == STRIDED:
+                        p_at, g_at = _strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+                    _stage_b_tile(
+                        p_ptr, g_ptr, h_ptr, m_ptr, p_at, g_at, at, mask, blend, ratio, scalar_row, A_WRITES, True
+                    )
+        ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")

@@ -1,0 +1,49 @@
+"""Columns of the tables that the kernels and the bucket plan share. Plain numbers; importable without Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: int64 table with a row per tensor. Addresses in bytes; FIRST_CHUNK counts the chunks of all tensors before this one.
+#: Gradients have a table of addresses of their own, because they move from step to step.
+TENSOR_COLUMNS = (
+    "PARAM",
+    "GRAD_EMA",
+    "MOMENTUM_BUFFER",
+    "NUMEL",
+    "FIRST_CHUNK",
+    "CHUNKS",
+    "GROUP",
+    "ACCESS",
+    "DIMS",
+)
+PARAM, GRAD_EMA, MOMENTUM_BUFFER, NUMEL, FIRST_CHUNK, CHUNKS, GROUP, ACCESS, DIMS = range(len(TENSOR_COLUMNS))
+
+#: How a tensor is reached: 16-byte accesses, element by element, or through sizes and strides (row DIMS of that table).
+WIDE, NARROW, STRIDED = 0, 1, 2
+
+#: Rows of sizes, parameter strides, gradient strides, innermost first, each of this many dimensions.
+MAX_DIMS = 6
+
+#: float64 table with a row per group: what the host knows.
+GROUP_COLUMNS = (
+    "LR", "LR_SOURCE", "MOMENTUM", "WEIGHT_DECAY", "TRUST_COEFFICIENT", "CLIP_LOW", "CLIP_HIGH",
+    "EMA_DECAY_0", "EMA_DECAY_1", "EMA_DECAY_2", "THRESHOLD_1", "THRESHOLD_2",
+    "TOTAL_STEPS", "WARMUP_STEPS", "RESTART_STEPS", "RESTART_MULT", "SIGN",
+)  # fmt: skip
+
+#: float32 table with a row per group: what the prologue makes of it for this step.
+SCALAR_COLUMNS = (
+    "ALPHA", "ONE_MINUS_ALPHA", "BYPASS", "WEIGHT_DECAY", "TRUST_COEFFICIENT", "CLIP_LOW", "CLIP_HIGH", "MOMENTUM",
+    "ETA", "SIGN",
+)  # fmt: skip
+
+#: Work items are packed into 64 bits: stage in bit 0, chunk in bits 1 to 31, tensor above.
+CHUNK_BITS = 31
+CHUNK_MASK = (1 << CHUNK_BITS) - 1
+TENSOR_SHIFT = CHUNK_BITS + 1
+
+
+def pack_item(tensor: int, chunk: Any, stage: int) -> Any:
+    """A work item as the kernel reads it; ``chunk`` a number or an int64 tensor of them."""
+    return (tensor << TENSOR_SHIFT) | (chunk << 1) | stage

@@ -1,0 +1,40 @@
+"""Which variants of the kernels there are to compile ahead of time, for reading their machine code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton.language as tl
+
+from fused_dals.kernels.fused_pass import fused_pass
+from fused_dals.kernels.prologue import prologue
+
+CHUNK, NUM_WARPS = 4096, 8
+
+PASS_SIGNATURE = {
+    "tensors": "*i64", "grads": "*i64", "dims": "*i64", "blends": "*fp32", "scalars": "*fp32", "items": "*i64",
+    "partials": "*fp32", "ratios": "*fp32", "arrivals": "*i32", "ready": "*i32", "counter": "*i32", "item_count": "i32",
+}  # fmt: skip
+PROLOGUE_SIGNATURE = {
+    "groups": "*fp64", "lr_addresses": "*i64", "scalars": "*fp32", "step": "*i64", "loss_ema": "*fp64",
+    "loss_drop": "*fp64", "loss_sum": "*fp64", "loss_count": "fp32", "group_count": "i32",
+    "sync": "*i32", "sync_count": "i32",
+}  # fmt: skip
+
+#: parameter, gradient, state
+DTYPES = [
+    (tl.float32, tl.float32, tl.float32),
+    (tl.bfloat16, tl.bfloat16, tl.float32),
+    (tl.bfloat16, tl.bfloat16, tl.bfloat16),
+]
+
+
+def codegen_variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """Label, kernel, signature of the run-time arguments, constants, number of warps."""
+    for dtypes in DTYPES:
+        for a_writes in (True, False):
+            constants = dict(zip(("PARAM_TYPE", "GRAD_TYPE", "STATE_TYPE"), dtypes, strict=True))
+            label = ",".join(map(str, dtypes)) + (" A writes h m" if a_writes else " A reads")
+            yield label, fused_pass, PASS_SIGNATURE, {**constants, "CHUNK": CHUNK, "A_WRITES": a_writes}, NUM_WARPS
+    yield "prologue", prologue, PROLOGUE_SIGNATURE, {}, 4

@@ -1,0 +1,126 @@
+"""What the kernels compile to, read from the machine code of four kinds of GPU; needs Triton, but no GPU.
+
+One process compiles all variants (`python -m bench codegen`), because this one may interpret Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench.machine_code import TARGETS, Access, MachineCode, Synchronization
+
+ROOT = Path(__file__).resolve().parents[1]
+NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
+
+#: Two programs of 256 threads fit on an SM's 65536 registers; on AMD 128 leave four waves a SIMD.
+MOST_REGISTERS = 128
+
+
+def without_interpreter() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, MachineCode]]:
+    """(label, facts) of every variant and target."""
+    file = tmp_path_factory.mktemp("codegen") / "codegen.json"
+    command = [sys.executable, "-m", "bench", "codegen", "--json", str(file)]
+    subprocess.run(command, cwd=ROOT, env=without_interpreter(), check=True, capture_output=True)
+    record = json.loads(file.read_text())
+    assert record["failures"] == []
+    found = []
+    for row in record["results"]:
+        label = row.pop("variant")
+        accesses = tuple(Access(**access) for access in row.pop("accesses"))
+        synchronization = tuple(Synchronization(**one) for one in row.pop("synchronization"))
+        found.append((label, MachineCode(**row, accesses=accesses, synchronization=synchronization)))
+    return found
+
+
+def passes(compiled: list[tuple[str, MachineCode]], *targets: str) -> Iterator[MachineCode]:
+    chosen = [code for _, code in compiled if code.kernel == "fused_pass" and code.target in targets]
+    assert len(chosen) == 6 * len(targets), "fp32, mixed and bf16, with stage A writing and only reading"
+    yield from chosen
+
+
+def test_all_variants_compile_for_all_targets(compiled: list[tuple[str, MachineCode]]) -> None:
+    assert {code.target for _, code in compiled} == set(TARGETS)
+    assert {code.kernel for _, code in compiled} == {"fused_pass", "prologue"}
+
+
+def test_nothing_spills_and_registers_stay_in_bounds(compiled: list[tuple[str, MachineCode]]) -> None:
+    for code in passes(compiled, *TARGETS):
+        assert code.spill_bytes == 0 and code.scalar_spills == 0, code
+        assert code.registers <= MOST_REGISTERS, (code.target, code.registers)
+
+
+def test_full_chunks_move_in_accesses_of_128_bits(compiled: list[tuple[str, MachineCode]]) -> None:
+    """Every access of the unmasked path, and there are some: a mask from a loaded length would make them all narrow."""
+    for code in passes(compiled, *NVIDIA):
+        for operation in ("load", "store"):
+            assert code.count(operation, True, "full") > 0
+            assert code.count(operation, False, "full", "mixed", "unknown") == 0
+
+
+def test_arrivals_release_behind_a_barrier_and_waits_acquire(compiled: list[tuple[str, MachineCode]]) -> None:
+    """From the PTX, at GPU scope: what the explorer in test_protocol.py takes for granted of a program's inside."""
+    for code in passes(compiled, *NVIDIA):
+        assert all(one.scope == "gpu" for one in code.synchronization)
+        arrival = [one for one in code.synchronization if one.semantics == "acq_rel"]
+        publication = [one for one in code.synchronization if one.semantics == "release"]
+        waits = [one for one in code.synchronization if one.semantics == "acquire"]
+        tickets = [one for one in code.synchronization if one.semantics == "relaxed"]
+        assert [one.operation for one in arrival] == ["atom.add"] and [one.operation for one in publication] == [
+            "atom.exch"
+        ]
+        assert all(one.after_barrier for one in arrival + publication), (
+            "all threads have written before one announces it"
+        )
+        # The wait is looked at once before the loop and once in it; all threads go on behind the one that waited.
+        assert len(waits) == 2 and all(one.before_barrier for one in waits + arrival)
+        assert len(tickets) == 2
+        assert len(code.synchronization) == 6
+
+
+def test_bfloat16_is_rounded_to_nearest(tmp_path: Path) -> None:
+    """The interpreter truncates; a GPU must round."""
+    ptx = subprocess.run(
+        [sys.executable, "-m", "tests.test_codegen"],
+        cwd=ROOT,
+        env=without_interpreter(),
+        check=True,
+        capture_output=True,
+    ).stdout.decode()
+    conversions = [line.split()[0] for line in ptx.splitlines() if "cvt" in line and "bf16" in line.split()[0]]
+    narrowing = {name for name in conversions if ".bf16.f32" in name or ".bf16x2.f32" in name}
+    assert narrowing and all(name.startswith("cvt.rn.") for name in narrowing), narrowing
+
+
+def print_ptx() -> None:
+    """The PTX of the variant with bfloat16 parameters, for sm_90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fused_dals.kernels.variants import codegen_variants
+
+    for label, kernel, signature, constants, _ in codegen_variants():
+        if label.startswith("bf16,bf16,bf16"):
+            names: dict[str, Any] = {**signature, **dict.fromkeys(constants, "constexpr")}
+            source = ASTSource(fn=kernel, signature=names, constexprs=constants)
+            print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+            return
+
+
+if __name__ == "__main__":
+    print_ptx()

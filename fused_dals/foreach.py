@@ -49,7 +49,7 @@ def dals_foreach_(
     if isinstance(ema_decay, Tensor):
         torch._foreach_mul_(grad_emas, ema_decay.to(dtype))
         torch._foreach_add_(grad_emas, torch._foreach_mul(g, (1 - ema_decay).to(dtype)))
-    else:
+    elif not bypass:
         torch._foreach_lerp_(grad_emas, g, 1 - ema_decay)
 
     # u <- b g + (1 - b) h, and u <- g where the filter is bypassed
@@ -102,8 +102,18 @@ def _norms(tensors: TensorList, dtype: torch.dtype) -> Tensor:
     """
     if tensors[0].device.type != "cpu" or dtype == torch.float64:
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-    pieces = [tensor.reshape(-1).split(NORM_PIECE) if tensor.numel() > NORM_PIECE else (tensor,) for tensor in tensors]
+    pieces = [_flat(tensor).split(NORM_PIECE) if tensor.numel() > NORM_PIECE else (tensor,) for tensor in tensors]
     counts = torch.tensor([len(of_tensor) for of_tensor in pieces])
-    norms = torch._foreach_norm([piece for of_tensor in pieces for piece in of_tensor], 2, dtype=dtype)
-    squares = torch.stack(norms).double().square()
-    return torch.segment_reduce(squares, "sum", lengths=counts).sqrt()
+    of_pieces = torch._foreach_norm([piece for of_tensor in pieces for piece in of_tensor], 2, dtype=dtype)
+    squares = torch.stack(of_pieces).double().square()
+    norms = torch.segment_reduce(squares, "sum", lengths=counts).sqrt()
+    extreme = torch.nonzero((norms == 0) | norms.isinf()).flatten().tolist()
+    if extreme:  # zero tensors, and those whose squares leave the range of float32
+        again = torch._foreach_norm([tensors[i] for i in extreme], 2, dtype=torch.float64)
+        norms[extreme] = torch.stack(again)
+    return norms
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All elements in one dimension, in the order of memory: no copy unless they lie apart."""
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).reshape(-1)

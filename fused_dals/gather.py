@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fused_dals.reference import compute_dtype
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: Every tensor's segment of a flat buffer starts at a multiple of this many bytes.
+FLAT_ALIGNMENT = 128
 
 STATE_KEYS = ("grad_ema", "momentum_buffer")
 
@@ -36,6 +41,16 @@ def parameter_names(group: Mapping[str, Any]) -> Sequence[str] | None:
     """The names of a group's parameters where they have names (and nobody replaced the list by a longer one)."""
     names = group.get("param_names")
     return names if names is not None and len(names) == len(group["params"]) else None
+
+
+def unique_labels(groups: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, int]]) -> list[str]:
+    """Labels of the parameters at these (group, position); names that occur twice, as in a GAN, are told apart."""
+    labels = [parameter_label(groups[g], g, i) for g, i in places]
+    count = Counter(labels)
+    return [
+        label if count[label] == 1 else f"{label} (param_groups[{g}].params[{i}])"
+        for label, (g, i) in zip(labels, places, strict=True)
+    ]
 
 
 def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]) -> list[TensorBatch]:
@@ -97,14 +112,42 @@ def _problem(param: Tensor, grad: Tensor, state: Mapping[str, Tensor] | None) ->
     return ""
 
 
-def create_missing_state(groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Tensor]]) -> None:
-    """Zero state for every parameter that trains, with or without a gradient, so that all ranks hold the same keys."""
+def create_missing_state(
+    groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, dict[str, Tensor]],
+    flat: Callable[[dict[str, Any]], bool],
+) -> None:
+    """Zero state for every parameter that trains, with or without a gradient, so that all ranks hold the same keys.
+
+    Groups for which ``flat`` says so get theirs as views of flat buffers, one per device, dtype and kind of state.
+    """
+    flattened: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for group in groups:
         for param in group["params"]:
             trains = param.requires_grad or param.grad is not None
             usable = param.dtype in SUPPORTED_DTYPES and param.device.type != "meta"
-            if trains and usable and not state.get(param):
+            if not trains or not usable or state.get(param) or is_lazy(param):
+                continue
+            if flat(group):
+                flattened.setdefault((param.device, compute_dtype(param.dtype)), []).append(param)
+            else:
                 state[param] = {key: empty_state(param).zero_() for key in STATE_KEYS}
+    for (_, dtype), params in flattened.items():
+        for key in STATE_KEYS:
+            for param, value in zip(params, flat_zeros(params, dtype), strict=True):
+                state[param][key] = value
+
+
+def flat_zeros(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Zero tensors with the shapes and strides of ``params`` (of one device), as views of one padded buffer."""
+    shapes = [torch.empty_like(p, dtype=dtype, device="meta") for p in params]
+    step = FLAT_ALIGNMENT // dtype.itemsize
+    starts, total = [], 0
+    for shape in shapes:
+        starts.append(total)
+        total += -(-shape.numel() // step) * step
+    flat = torch.zeros(total, dtype=dtype, device=params[0].device)
+    return [flat.as_strided(shape.shape, shape.stride(), start) for shape, start in zip(shapes, starts, strict=True)]
 
 
 def empty_state(param: Tensor) -> Tensor:

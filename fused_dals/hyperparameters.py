@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from fused_dals.depth import DepthRule, check_depth
+from fused_dals.depth_rule import DepthRule, check_depth
 
 
 class DALSOptions(TypedDict, total=False):
@@ -79,11 +79,11 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
     check("warmup_fraction", lambda x: 0 <= _number(x) <= 1, "a number in [0, 1]")
     check("restart_steps", _is_steps, "None or an integer >= 1")
     check("restart_mult", lambda x: 1 <= _number(x) < math.inf, "a finite number >= 1")
-    check("maximize", lambda x: isinstance(x, bool), "True or False")
-    check("foreach", lambda x: x is None or isinstance(x, bool), "None, True or False")
-    check("fused", lambda x: x is None or isinstance(x, bool), "None, True or False")
+    check("maximize", lambda x: _is_bool(x), "True or False")
+    check("foreach", lambda x: x is None or _is_bool(x), "None, True or False")
+    check("fused", lambda x: x is None or _is_bool(x), "None, True or False")
     if group.get("depth") is not None:
-        check_depth(group["depth"], where)
+        check_depth(group["depth"], f"{where}: depth")
     if group["total_steps"] is not None and group["restart_steps"] is not None:
         raise ValueError(
             f"{where}: total_steps={group['total_steps']} and restart_steps={group['restart_steps']} ask for two "
@@ -91,6 +91,15 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
         )
     if group["foreach"] and group["fused"]:
         raise RuntimeError(f"{where}: foreach and fused cannot both be True")
+
+
+def plain(value: Any) -> Any:
+    """NumPy scalars as Python's, lists as tuples: what any checkpoint can hold, and nobody changes in place."""
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, Real) and hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 def check_counters(group: Mapping[str, Any], where: str) -> None:
@@ -117,6 +126,12 @@ def _numbers(values: Any) -> list[float]:
     return [_number(value) for value in values]
 
 
+def _is_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return True
+
+
 def _is_lr(lr: Any) -> bool:
     if not isinstance(lr, Tensor):
         return 0 <= _number(lr) < math.inf
@@ -126,13 +141,11 @@ def _is_lr(lr: Any) -> bool:
 
 
 def _is_clip(clip: Any) -> bool:
-    low, high = _numbers(clip)
-    return 0 <= low < math.inf and low <= high
+    return len(_numbers(clip)) == 2 and 0 <= clip[0] < math.inf and clip[0] <= clip[1]
 
 
 def _is_thresholds(thresholds: Any) -> bool:
-    t1, t2 = _numbers(thresholds)
-    return math.isfinite(t1) and math.isfinite(t2) and t1 >= t2
+    return len(_numbers(thresholds)) == 2 and all(map(math.isfinite, thresholds)) and thresholds[0] >= thresholds[1]
 
 
 def _is_steps(steps: Any) -> bool:

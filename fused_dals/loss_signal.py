@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from fused_dals.phase import NO_LOSS_YET, select_by_phase, update_loss_ema
 
 NO_LOSS_WARNING = (
-    "{optimizer} has not been given a loss: it stays in phase 1 (ema_decay {ema_decay}). Pass it in one of four ways: "
+    "{optimizer} has not been given a loss since it was made, loaded or copied: its phase stays as it is, 1 if there "
+    "never was a loss. Pass the loss in one of four ways: "
     "optimizer.step(loss=loss), optimizer.observe_loss(loss) before step(), optimizer.step(closure), or once "
     "optimizer.watch_loss(model_or_criterion)."
 )
@@ -33,30 +33,38 @@ class LossSignal:
         """Go on from the plain numbers of a checkpoint."""
         self.loss_ema = torch.tensor(loss_ema, dtype=torch.float64, device="cpu")
         self.loss_drop = torch.tensor(loss_drop, dtype=torch.float64, device="cpu")
-        self.ever_observed = not math.isinf(loss_ema)
+        self.observed = False  # since this process made, loaded or copied it
         self._pending: Tensor | None = None
         self._pending_count = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not what watch_loss watches for: it says so once, if nobody hands it losses.
+        return {**self.__dict__, "observed": False}
 
     def observe(self, loss: Tensor | float) -> None:
         """Add one loss to those of the coming step."""
         value = _as_scalar(loss)
-        # The sum is a new tensor: the loss may be written in place afterwards, and its graph must not be kept.
         if self._pending is None:
-            self._pending = value.clone()
+            self._pending = value
         else:
-            self._pending = self._pending + value.to(self._pending.device, non_blocking=True)
+            self._pending = self._pending + _to(value, self._pending.device)
         self._pending_count += 1
-        self.ever_observed = True
+        self.observed = True
 
     def commit(self, device: torch.device) -> None:
         """Move E and D by the mean of the pending losses, on ``device``; leave them where there is none."""
+        total, count = self.take(device)
+        if total is not None:
+            self.loss_ema, self.loss_drop = update_loss_ema(self.loss_ema, self.loss_drop, total / count)
+
+    def take(self, device: torch.device) -> tuple[Tensor | None, int]:
+        """Move E and D to ``device`` and hand over the sum and number of the pending losses, for a caller to apply."""
         self.loss_ema = _to(self.loss_ema, device)
         self.loss_drop = _to(self.loss_drop, device)
-        if self._pending is None:
-            return
-        loss = _to(self._pending, device).to(self.loss_ema.dtype) / self._pending_count
-        self.loss_ema, self.loss_drop = update_loss_ema(self.loss_ema, self.loss_drop, loss)
+        total = None if self._pending is None else _to(self._pending, device)
+        count = self._pending_count
         self._pending, self._pending_count = None, 0
+        return total, count
 
     def select(self, phase_thresholds: tuple[float, float], values: tuple[float, float, float]) -> Tensor:
         """The value that belongs to the present phase, 0-dim."""
@@ -102,7 +110,10 @@ def watch(module: nn.Module, signal: LossSignal) -> RemovableHandle:
 
 
 def _as_scalar(loss: Tensor | float) -> Tensor:
-    """``loss`` detached, 0-dim and in double precision (single where the device has no double)."""
+    """A copy of ``loss``, 0-dim and in double precision (single where the device has no double).
+
+    A copy, because the loss may be written in place afterwards; detached, because its graph must not be kept.
+    """
     if not isinstance(loss, Tensor):
         if not hasattr(loss, "__float__"):
             raise TypeError(f"loss must be a number or a scalar tensor, got {type(loss).__name__}")
@@ -111,7 +122,7 @@ def _as_scalar(loss: Tensor | float) -> Tensor:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}; pass its mean, loss.mean()")
     if loss.is_complex():
         raise TypeError(f"loss must be real, got {loss.dtype}")
-    return loss.detach().reshape(()).to(_widest(loss.device))
+    return loss.detach().reshape(()).to(_widest(loss.device), copy=True)
 
 
 def _widest(device: torch.device) -> torch.dtype:
@@ -119,5 +130,7 @@ def _widest(device: torch.device) -> torch.dtype:
 
 
 def _to(scalar: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and scalar.device.type == "cpu":
+        scalar = scalar.pin_memory()  # a copy from pageable memory may wait for the device
     # A copy off the device must be waited for, or the CPU would read a value that has not arrived.
     return scalar.to(device, _widest(device), non_blocking=device.type != "cpu")

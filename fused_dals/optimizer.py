@@ -7,26 +7,34 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import Unpack
 
 from fused_dals.checkpoint import load_checkpoint
-from fused_dals.depth import DepthMap, DepthRule, check_depth_keys, check_rule
+from fused_dals.depth_rule import DepthMap, DepthRule, check_depth_keys, check_rule
+from fused_dals.fingerprint import Fingerprint, take_fingerprint
 from fused_dals.foreach import dals_foreach_
-from fused_dals.gather import TensorBatch, create_missing_state, gather, parameter_label, parameter_names
-from fused_dals.hyperparameters import DALSOptions, check_group_keys, check_hyperparameters
+from fused_dals.fused import FusedPass, why_not_fused
+from fused_dals.gather import TensorBatch, create_missing_state, gather, parameter_label, parameter_names, unique_labels
+from fused_dals.hyperparameters import DALSOptions, check_group_keys, check_hyperparameters, plain
 from fused_dals.loss_signal import NO_LOSS_WARNING, LossSignal, watch
 from fused_dals.reference import dals_reference_, raw_blend
 from fused_dals.schedule import schedule_factor
 from fused_dals.stats import TrustRatios, trust_ratios_by_label
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+@dataclass
+class _Steady:
+    """A fused pass that did the whole last step, and what it was prepared for."""
+
+    fused: FusedPass
+    fingerprint: Fingerprint
 
 
 @dataclass
@@ -39,6 +47,12 @@ class _Runtime:
     trust_ratios: list[TrustRatios] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
     checked: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    fused: dict[torch.device, FusedPass] = field(default_factory=dict)
+    steady: _Steady | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables of addresses are of no use to a copy: it builds its own at its first step.
+        return {**self.__dict__, "fused": {}, "steady": None}
 
     def warn_once(self, kind: str, message: str) -> None:
         if kind not in self.warned:
@@ -65,7 +79,8 @@ class DALS(torch.optim.Optimizer):
 
     Args:
         params: an ``nn.Module``, ``model.named_parameters()``, an iterable of tensors, or group dicts. Give the module
-            or the names: depths are read off them; without names a depth is the rank within its group.
+            or the names: depths are read off them; without names a depth is the rank within its group. With named
+            groups of your own pass ``depth=infer_depths(model)`` too: names split over groups do not always tell.
         lr: learning rate, a number >= 0 or a one-element tensor (default 0.03). Never written by the optimizer.
         momentum: mu in [0, 1) (0.9).
         weight_decay: lambda >= 0, coupled, added after the filter (1e-4).
@@ -132,14 +147,16 @@ class DALS(torch.optim.Optimizer):
             "foreach": foreach,
             "fused": fused,
         }
-        _check_group(defaults, type(self).__name__)
+        where = type(self).__name__
+        check_hyperparameters(defaults, where)
+        defaults = {key: plain(value) for key, value in defaults.items()}
         names: list[str] = []
         if isinstance(params, nn.Module):
             params = list(params.named_parameters())
             names = [name for name, _ in params]
-        self._runtime = _Runtime(DepthMap(depth, names))
+        self._runtime = _Runtime(DepthMap(depth, where, names))
         super().__init__(params, defaults)
-        check_depth_keys(depth, self._runtime.depths.names)
+        check_depth_keys(depth, self._runtime.depths.names, where)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time; names, depths and hyperparameters are checked before it joins.
@@ -156,9 +173,9 @@ class DALS(torch.optim.Optimizer):
             raise TypeError(f"{where}: 'params' is a module; pass its named_parameters()")
         check_group_keys(param_group, where)
         depths = self._runtime.depths
-        rule = check_rule(param_group.get("depth", depths.rule))
+        rule = check_rule(param_group.get("depth", depths.rule), where)
         hyperparameters = {**self.defaults, **param_group, "depth": None}
-        _check_group(hyperparameters, where)
+        check_hyperparameters(hyperparameters, where)
 
         super().add_param_group(param_group)
         try:
@@ -171,18 +188,19 @@ class DALS(torch.optim.Optimizer):
                     "model.named_parameters()"
                 )
             if rule is not depths.rule:
-                check_depth_keys(rule, names or ())
-            depths.learn_rule(rule, labelled)
+                check_depth_keys(rule, names or (), where)
+            depths.learn_rule(rule, index, labelled, where)
             depths.learn_names(names or ())
         except Exception:
             del self.param_groups[index]
             raise
         # Groups hold plain numbers only, so that any checkpoint format can store them.
+        param_group.update({key: plain(param_group[key]) for key in self.defaults})
         param_group.pop("depth", None)
         if not isinstance(rule, str | Mapping) and not callable(rule):
             param_group["depth"] = float(rule)
         self._write_counters(wait=True)
-        if names is None and depths.ranks_positions(labelled, param_group.get("depth")):
+        if names is None and depths.ranks_positions(index, self._labels(index), param_group.get("depth")):
             self._runtime.warn_once(
                 "names",
                 f"{type(self).__name__} got parameters without names: their depth is their rank within the group. "
@@ -219,28 +237,83 @@ class DALS(torch.optim.Optimizer):
             with torch.enable_grad():
                 returned = closure()
         self._check_live_groups()
-        batches = gather(self.param_groups, self.state)
+        steady = self._resume_fused()
+        batches = [] if steady else gather(self.param_groups, self.state)
+        fused = [batch for batch in batches if self._runs_fused(batch)]
         for observed in (returned, loss):
             if observed is not None:
                 self.observe_loss(observed)
 
-        if self._only_creates_state(batches):
-            create_missing_state(self.param_groups, self.state)
-            return returned
-        create_missing_state(self.param_groups, self.state)
+        only_creates_state = self._only_creates_state(batches)
+        if not steady:
+            self._create_missing_state()
+            if only_creates_state:
+                return returned
         runtime = self._runtime
-        if not runtime.loss.ever_observed:
-            runtime.warn_once(
-                "loss",
-                NO_LOSS_WARNING.format(optimizer=type(self).__name__, ema_decay=self.param_groups[0]["ema_decay"][1]),
-            )
-        runtime.loss.commit(batches[0].params[0].device if batches else runtime.loss.loss_ema.device)
-        runtime.trust_ratios = [
-            TrustRatios(batch.group_index, batch.positions, self._step_batch(batch)) for batch in batches
-        ]
+        if not runtime.loss.observed:
+            runtime.warn_once("loss", NO_LOSS_WARNING.format(optimizer=type(self).__name__))
+        if steady:
+            runtime.trust_ratios = steady.run(self.param_groups, runtime.step, runtime.loss)
+        else:
+            runtime.trust_ratios = self._step_fused(fused)
+            runtime.loss.commit(batches[0].params[0].device if batches else runtime.loss.loss_ema.device)
+            others = [batch for batch in batches if not any(batch is one for one in fused)]
+            runtime.trust_ratios += [
+                TrustRatios(batch.group_index, batch.positions, self._step_batch(batch)) for batch in others
+            ]
+            self._remember_fused(fused, others)
         runtime.step += 1
         self._write_counters(wait=False)
         return returned
+
+    def _runs_fused(self, batch: TensorBatch) -> bool:
+        """Whether the kernels take this batch; an error where its group demands it and they cannot."""
+        group = self.param_groups[batch.group_index]
+        if group["fused"] is False or group["foreach"] is not None:
+            return False
+        reason = why_not_fused(batch.params[0])
+        if reason and group["fused"]:
+            label = parameter_label(group, batch.group_index, batch.positions[0])
+            raise RuntimeError(f"group {batch.group_index}: fused=True cannot step parameter {label!r}: {reason}")
+        return not reason and bool(group["fused"])
+
+    def _step_fused(self, batches: list[TensorBatch]) -> list[TrustRatios]:
+        """Run these batches through the kernels, device by device."""
+        measured = []
+        for device in dict.fromkeys(batch.params[0].device for batch in batches):
+            fused = self._runtime.fused.setdefault(device, FusedPass(device))
+            measured += fused.step(
+                [batch for batch in batches if batch.params[0].device == device],
+                self.param_groups,
+                self.state,
+                [[raw_blend(depth) for depth in self._depths(index)] for index in range(len(self.param_groups))],
+                self._runtime.step,
+                self._runtime.loss,
+            )
+        return measured
+
+    def _remember_fused(self, fused: list[TensorBatch], others: list[TensorBatch]) -> None:
+        """Let the next step go on with the tables of this one, if one fused pass did all of it."""
+        devices = {batch.params[0].device for batch in fused}
+        fingerprint = take_fingerprint(self.param_groups, self.state) if len(devices) == 1 and not others else None
+        if fingerprint is not None:
+            self._runtime.steady = _Steady(self._runtime.fused[devices.pop()], fingerprint)
+
+    def _resume_fused(self) -> FusedPass | None:
+        """The pass that did the last step, if nothing has changed since but the gradients' addresses."""
+        steady, self._runtime.steady = self._runtime.steady, None
+        if steady is None:
+            return None
+        now = take_fingerprint(self.param_groups, self.state)
+        if now is None or not now.same_but_for_addresses_of_gradients(steady.fingerprint):
+            return None
+        if not steady.fused.follow_grads(now.grad_addresses):
+            return None
+        self._runtime.steady = steady
+        return steady.fused
+
+    def _create_missing_state(self) -> None:
+        create_missing_state(self.param_groups, self.state, flat=lambda group: bool(group["fused"]))
 
     def _step_batch(self, batch: TensorBatch) -> Tensor:
         """Run one batch on the path its group asks for; returns the trust ratios, shape [n]."""
@@ -297,18 +370,26 @@ class DALS(torch.optim.Optimizer):
     def _check_live_groups(self) -> None:
         """Check again what somebody changed in param_groups since the last step."""
         for index, group in enumerate(self.param_groups):
-            values = tuple(value for key, value in group.items() if key in self.defaults and key != "lr")
+            values = tuple(
+                tuple(value) if isinstance(value, list) else value
+                for key, value in group.items()
+                if key in self.defaults and key != "lr"
+            )
             lr = group["lr"]
             if isinstance(lr, Tensor):
                 lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else id(lr)
-            values += (lr, group.get("depth"))
+            values += (group.get("depth"), group.get("param_names"), lr)
+            before = self._runtime.checked.get(index, ())
             try:
-                unchanged = bool(self._runtime.checked.get(index) == values)
+                unchanged = bool(before == values)
+                unchanged_but_lr = bool(before[:-1] == values[:-1])
             except (RuntimeError, ValueError):  # an array or tensor in a number's place
-                unchanged = False
+                unchanged = unchanged_but_lr = False
             if not unchanged:
-                _check_group(group, f"group {index}")
+                check_hyperparameters(group, f"group {index}")
                 self._runtime.checked[index] = values
+            if not unchanged_but_lr:
+                self._runtime.steady = None
 
     def _only_creates_state(self, batches: list[TensorBatch]) -> bool:
         """Whether this is the call by which distributed checkpointing makes an optimizer create its state.
@@ -316,7 +397,7 @@ class DALS(torch.optim.Optimizer):
         It calls step() once with lr 0 and zero gradients, without a loss; such a call must leave weights, counters
         and phase alone. The look at the gradients waits for the device, but only a first step with lr 0 gets there.
         """
-        if self.state or self._runtime.step or self._runtime.loss.ever_observed or not batches:
+        if self.state or self._runtime.step or self._runtime.loss.observed or not batches:
             return False
         lrs = [group["lr"] for group in self.param_groups]
         if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs) or any(float(lr) != 0 for lr in lrs):
@@ -327,11 +408,9 @@ class DALS(torch.optim.Optimizer):
 
     def depths(self) -> dict[str, float]:
         """Depth of every parameter by its name (or its place in param_groups where it has none)."""
-        return {
-            label: depth
-            for index in range(len(self.param_groups))
-            for label, depth in zip(self._labels(index), self._depths(index), strict=True)
-        }
+        places = [(index, i) for index, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
+        depths = [depth for index in range(len(self.param_groups)) for depth in self._depths(index)]
+        return dict(zip(unique_labels(self.param_groups, places), depths, strict=True))
 
     def current_lr(self) -> list[float]:
         """lr s(t) of each group, as the next step will use it."""
@@ -352,7 +431,11 @@ class DALS(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of torch.optim.Optimizer; every group also carries step, loss_ema and loss_drop as plain numbers."""
         self._write_counters(wait=True)
-        return super().state_dict()
+        packed: dict[str, Any] = super().state_dict()
+        packed["state"] = {
+            key: {name: _own_memory(value) for name, value in entry.items()} for key, entry in packed["state"].items()
+        }
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, bit for bit: state in its own precision, schedule and phase included.
@@ -366,6 +449,7 @@ class DALS(torch.optim.Optimizer):
         counters = load_checkpoint(self, state_dict)
         self._runtime.step = int(counters["step"])
         self._runtime.loss.restore(float(counters["loss_ema"]), float(counters["loss_drop"]))
+        self._runtime.trust_ratios = []
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -392,11 +476,18 @@ class DALS(torch.optim.Optimizer):
 
     def _depths(self, index: int) -> list[float]:
         group = self.param_groups[index]
-        return self._runtime.depths.of_group(self._labels(index), parameter_names(group), group.get("depth"))
+        names = parameter_names(group)
+        if names is None and "param_names" in group:
+            self._runtime.warn_once(
+                "param_names",
+                f"group {index}: param_names has {len(group['param_names'])} entries for {len(group['params'])} "
+                "parameters; depths are ranks within the group until both fit",
+            )
+        return self._runtime.depths.of_group(index, self._labels(index), names, group.get("depth"))
 
 
 class DALSFast(DALS):
-    """DALS with the presets of DALS-Fast: lr 0.05, momentum 0.85, no filter in phase 0, warm-up 2 %.
+    """DALS with the presets of DALS-Fast: lr 0.05, momentum 0.85, ema_decay (1, 0.6, 0.7), warmup_fraction 0.02.
 
     Every argument of DALS, with its meaning; only these defaults differ (SPEC, "The three members of the family").
     """
@@ -409,7 +500,8 @@ class DALSFast(DALS):
 
 
 class DALSAcc(DALS):
-    """DALS with the presets of DALS-Acc: weight decay 5e-4, a stronger filter, cosine restarts from 1000 steps on.
+    """DALS with the presets of DALS-Acc: weight_decay 5e-4, ema_decay (0.55, 0.7, 0.8), phase_thresholds (0.01, 0.001),
+    restart_steps 1000, restart_mult 2.
 
     Every argument of DALS, with its meaning; only these defaults differ (SPEC, "The three members of the family").
     The restarts are on by default: pass ``restart_steps=None`` to use ``total_steps`` or a torch scheduler alone.
@@ -428,6 +520,11 @@ class DALSAcc(DALS):
         super().__init__(params, lr, **merged)
 
 
+def _own_memory(value: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a view of a bucket, which a checkpoint of some tensors would drag along."""
+    return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
+
+
 def _stacklevel_of_caller() -> int:
     """The stacklevel at which a warning points to the line outside this package and torch that led here."""
     inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
@@ -435,14 +532,6 @@ def _stacklevel_of_caller() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def _check_group(group: Mapping[str, Any], where: str) -> None:
-    check_hyperparameters(group, where)
-    if group["fused"]:
-        raise RuntimeError(
-            f"{where}: fused=True is not available: this version of fused_dals has no fused kernels; leave fused=None"
-        )
 
 
 def _drop_duplicates(param_group: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ def dals_reference_(
     u = b * g + (1 - b) * h
     u = u + lambda_ * p
     r = trust_ratio(l2_norm(p), l2_norm(u), gamma, trust_clip).to(dtype)
-    m = mu * m + u
+    m = (mu * m + u).to(momentum_buffer.dtype).to(dtype)  # p follows the buffer as it is stored
     p = p - eta * r * m
 
     grad_ema.copy_(h)

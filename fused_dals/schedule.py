@@ -32,14 +32,14 @@ def cosine_restarts(t: int, restart_steps: int, restart_mult: float) -> float:
     each step and falls to 0 when it reaches the length, so that the first cycle takes ``restart_steps - 1``
     steps. In closed form: after t completed steps c has been raised t + 1 times.
     """
-    position, cycle = t + 1, 0
+    position, scale = t + 1, 1.0
     length = restart_steps
     if restart_mult == 1:  # all cycles alike: no walk over thousands of them
         position %= length
     while position >= length:
         position -= length
-        cycle += 1
-        length = math.floor(restart_steps * restart_mult**cycle)
+        scale *= restart_mult
+        length = math.floor(restart_steps * scale)
     return (1.0 + math.cos(math.pi * position / length)) / 2.0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_dals.gather import parameter_label
+from fused_dals.gather import unique_labels
 
 
 @dataclass
@@ -25,9 +25,12 @@ class TrustRatios:
 
 def trust_ratios_by_label(groups: Sequence[Mapping[str, Any]], measured: Sequence[TrustRatios]) -> dict[str, float]:
     """Label -> r of every parameter that the last step updated, in the order of the groups."""
-    found = [
-        (some.group_index, position, ratio)
+    found = sorted(
+        ((some.group_index, position), ratio)
         for some in measured
+        if some.group_index < len(groups)
         for position, ratio in zip(some.positions, some.values.tolist(), strict=True)
-    ]
-    return {parameter_label(groups[g], g, i): ratio for g, i, ratio in sorted(found)}
+        if position < len(groups[some.group_index]["params"])
+    )
+    labels = unique_labels(groups, [place for place, _ in found])
+    return dict(zip(labels, (ratio for _, ratio in found), strict=True))

@@ -278,6 +278,31 @@ def test_a_bad_checkpoint_changes_nothing_and_is_named(bad: str, seed: int) -> N
     assert optimizer.state_dict()["param_groups"] == groups
 
 
+def test_counters_must_agree_between_groups(seed: int) -> None:
+    model = ConvNet()
+    named = list(model.named_parameters())
+    optimizer = DALS([{"params": named[:2]}, {"params": named[2:]}])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][1]["step"] = 9
+    with pytest.raises(ValueError, match="group 1: 'step' is 9, in group 0 it is 0"):
+        optimizer.load_state_dict(saved)
+
+
+def test_groups_are_copied_not_shared(seed: int) -> None:
+    a, b = DALS(ConvNet(), lr=torch.tensor(0.1)), DALS(ConvNet())
+    saved = a.state_dict()
+    b.load_state_dict(saved)
+    b.param_groups[0]["lr"].fill_(9.0)
+    assert a.param_groups[0]["lr"] == torch.tensor(0.1)
+
+
+def test_numpy_numbers_survive_a_weights_only_load() -> None:
+    np = pytest.importorskip("numpy")
+    optimizer = DALS(ConvNet(), lr=np.float64(0.1), momentum=np.float32(0.5), total_steps=np.int64(5))
+    group = through_file(optimizer.state_dict())["param_groups"][0]
+    assert (group["lr"], group["momentum"], group["total_steps"]) == (0.1, 0.5, 5)
+
+
 def test_another_optimizers_checkpoint_is_refused(seed: int) -> None:
     model = ConvNet()
     adam = torch.optim.AdamW(model.parameters())

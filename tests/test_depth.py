@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -73,6 +75,8 @@ def test_children_rule() -> None:
         "scale": 0.0, "conv.weight": 0.0, "conv.bias": 0.0, "norm.weight": 0.5, "norm.bias": 0.5,
         "head.0.weight": 1.0, "head.0.bias": 1.0, "head.2.weight": 1.0, "head.2.bias": 1.0,
     }  # fmt: skip
+    with_activation = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
+    assert set(infer_depths(with_activation, "children").values()) == {0.0, 2 / 3}, "children without parameters count"
     assert set(infer_depths(nn.Sequential(nn.Linear(2, 2)), "children").values()) == {0.5}
     assert set(infer_depths(nn.Linear(2, 2), "children").values()) == {0.5}
     assert infer_depths(nn.ReLU()) == {}
@@ -85,28 +89,101 @@ def test_infer_depths_errors() -> None:
         infer_depths([1])
 
 
-def test_decay_and_no_decay_groups_keep_the_models_order() -> None:
+class ResNetLike(nn.Module):
+    """A stem, blocks and a head; norms without bias everywhere, so that they stand alone in the no-decay group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        for i in range(1, 5):
+            block = nn.ModuleDict(
+                {
+                    "conv1": nn.Conv2d(4, 4, 3, bias=False),
+                    "bn1": nn.BatchNorm2d(4),
+                    "conv2": nn.Conv2d(4, 4, 3, bias=False),
+                    "bn2": nn.BatchNorm2d(4),
+                }
+            )
+            setattr(self, f"layer{i}", nn.Sequential(block, nn.ModuleDict(dict(block.items()))))
+        self.fc = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize("no_decay_first", [False, True])
+@pytest.mark.parametrize("model", [ResNetLike(), ConvNet(), mlp(3, 4, 5, 6)])
+def test_decay_and_no_decay_groups_keep_the_models_order(model: nn.Module, no_decay_first: bool) -> None:
     """The usual split puts norms and biases into a second group; depths must not follow that order."""
+    split: list[list[Any]] = [[], []]
+    for name, p in model.named_parameters():
+        split[(p.ndim < 2) != no_decay_first].append((name, p))
+    depths = DALS([{"params": group} for group in split]).depths()
+    # Which of a convolution and its norm comes first no group tells: one rank off where the first group has the norm.
+    assert depths == pytest.approx(ranks_by_definition(model), abs=1 / 18 + 1e-9 if no_decay_first else 1e-9)
+
+
+def test_split_groups_of_a_transformer_keep_blocks_in_order_and_infer_depths_is_exact() -> None:
+    """What no group frames (the last norm and an untied head) is a guess; the model's own depths are not."""
     model = Transformer()
     split: list[list[Any]] = [[], []]
     for name, p in model.named_parameters():
         split[p.ndim < 2].append((name, p))
-    optimizer = DALS([{"params": split[0]}, {"params": split[1], "weight_decay": 0.0}])
-    depths, expected = optimizer.depths(), ranks_by_definition(model)
-    assert depths.keys() == expected.keys()
-    block = 1 / 5 * 5 / len(set(expected.values()))  # modules of one block may swap places, blocks may not
-    assert max(abs(depths[name] - expected[name]) for name in expected) < 5 * block
+    depths = DALS([{"params": group} for group in split]).depths()
     for layer in range(11):
         assert max(d for n, d in depths.items() if n.startswith(f"layers.{layer}.")) < min(
             d for n, d in depths.items() if n.startswith(f"layers.{layer + 1}.")
         )
+    exact = ranks_by_definition(model)
+    assert DALS([{"params": group} for group in split], depth=infer_depths(model)).depths() == exact
+    head_first = [[("fc." + n, p) for n, p in nn.Linear(2, 2).named_parameters()], mlp(3, 4, 2).named_parameters()]
+    assert DALS([{"params": g} for g in head_first], depth={r"fc\..*": 1.0}).depths()["fc.weight"] == 1.0
+
+
+def test_contradicting_groups_fall_back_to_the_order_of_appearance() -> None:
+    depths = depths_from_names([["a.w", "b.w", "c.w"], ["c.v", "a.v"]])
+    assert [depths[name] for name in ("a.w", "b.w", "c.w")] == [0.0, 0.5, 1.0]
+
+
+def test_equal_names_in_two_groups_are_told_apart() -> None:
+    """Generator and discriminator in one optimizer."""
+    g, d = mlp(2, 2, 2), mlp(2, 2, 2)
+    optimizer = DALS(
+        [
+            {"params": g.named_parameters(), "depth": lambda name, p: 0.1},
+            {"params": d.named_parameters(), "depth": {"0.weight": 0.9}},
+        ]
+    )
+    depths = optimizer.depths()
+    assert len(depths) == 8 and list(depths.values()) == [0.1] * 4 + [0.9, 0.0, 1.0, 1.0]
+    for p in (*g.parameters(), *d.parameters()):
+        p.grad = torch.ones_like(p)
+    optimizer.step(loss=1.0)
+    assert list(optimizer.trust_ratios()) == list(depths)
+    del optimizer.param_groups[1]
+    assert len(optimizer.trust_ratios()) == 4
+
+
+def test_a_literal_key_is_no_expression() -> None:
+    named = [("a.1.b", nn.Parameter(torch.ones(1))), ("a11.b", nn.Parameter(torch.ones(1)))]
+    assert DALS(named, depth={"a.1.b": 0.99}).depths() == {"a.1.b": 0.99, "a11.b": 1.0}
+
+
+def test_a_pickled_optimizer_keeps_what_a_lambda_said() -> None:
+    optimizer = DALS(mlp(2, 2, 2), depth=lambda name, p: 0.25)
+    assert pickle.loads(pickle.dumps(optimizer)).depths() == optimizer.depths()
+    assert set(copy.deepcopy(optimizer).depths().values()) == {0.25}
+
+
+def test_names_that_no_longer_fit_are_reported() -> None:
+    optimizer = DALS(mlp(2, 2, 2))
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(1)))
+    with pytest.warns(UserWarning, match="param_names has 4 entries for 5 parameters"):
+        optimizer.depths()
 
 
 def test_wrapped_names_change_nothing() -> None:
     names = [name for name, _ in Transformer().named_parameters()]
-    plain = list(depths_from_names(names).values())
+    plain = list(depths_from_names([names]).values())
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
-        assert list(depths_from_names([prefix + name for name in names]).values()) == plain
+        assert list(depths_from_names([[prefix + name for name in names]]).values()) == plain
 
 
 def test_without_names_depth_is_the_rank_in_the_group_and_says_so_once() -> None:
@@ -186,20 +263,25 @@ def test_a_frozen_backbone_counts() -> None:
     [
         ({"conv.weight": 1.5}, "'conv.weight' must be in [0, 1], got 1.5"),
         ({"conv.weight": float("nan")}, "'conv.weight' must be in [0, 1], got nan"),
-        ({"nothing": 0.5}, "'nothing' matches no parameter"),
-        ({"conv": 0.5}, "'conv' matches no parameter"),
-        ({"conv.(": 0.5}, "'conv.(' is no parameter name and no regular expression"),
-        (lambda name, p: -0.1 if name == "norm.bias" else 0.5, "'norm.bias' must be in [0, 1], got -0.1"),
+        ({"nothing": 0.5}, "DALS: depth key 'nothing' matches no parameter"),
+        ({"conv": 0.5}, "depth key 'conv' matches no parameter"),
+        ({"conv.(": 0.5}, "depth key 'conv.(' is no parameter name and no regular expression"),
+        (
+            lambda name, p: -0.1 if name == "norm.bias" else 0.5,
+            "group 0: depth of 'norm.bias' must be in [0, 1], got -0.1",
+        ),
         ("deep", "depth must be 'auto'"),
-        (2.0, "must be in [0, 1], got 2.0"),
+        (2.0, "DALS: depth must be in [0, 1], got 2.0"),
     ],
 )
 def test_depth_errors(depth: Any, words: str) -> None:
     with pytest.raises(ValueError) as caught:
         DALS(ConvNet(), depth=depth)
     assert words in str(caught.value)
-    with pytest.raises(ValueError):
-        DALS([{"params": ConvNet().named_parameters(), "depth": depth}])
+    groups = [{"params": nn.Linear(1, 1).parameters()}, {"params": ConvNet().named_parameters(), "depth": depth}]
+    groups[0]["params"] = nn.Linear(1, 1).named_parameters()
+    with pytest.raises(ValueError, match="group 1: "):
+        DALS(groups)
 
 
 @pytest.mark.parametrize("depth", [None, [0.5], {"conv.weight": "deep"}, lambda name, p: None])

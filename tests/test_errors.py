@@ -27,7 +27,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception]]] = [
     *[("trust_coefficient", v, ValueError) for v in (0.0, -0.02, NAN, INF)],
     *[("trust_clip", v, ValueError) for v in ((5.0, 0.2), (-1.0, 1.0), (NAN, 1.0), (0.2, NAN), (INF, INF))],
     *[("trust_clip", v, TypeError) for v in (5.0, "ab", None, ("a", "b"))],
-    *[("trust_clip", v, (TypeError, ValueError)) for v in ((0.2,), (0.1, 0.2, 0.3))],
+    *[("trust_clip", v, ValueError) for v in ((0.2,), (0.1, 0.2, 0.3))],
     *[("ema_decay", v, ValueError) for v in ((0.3, 0.6), (0.3, 0.6, 0.7, 0.8), (0.3, 0.6, 1.1), (NAN,) * 3)],
     *[("ema_decay", v, TypeError) for v in (0.9, None, ("a", "b", "c"), (None, 0.6, 0.7))],
     *[("phase_thresholds", v, ValueError) for v in ((0.002, 0.01), (NAN, 0.0), (INF, 0.0))],
@@ -38,9 +38,9 @@ BAD_VALUES: list[tuple[str, Any, type[Exception]]] = [
     *[("restart_steps", v, ValueError) for v in (0, -1)],
     *[("restart_steps", v, TypeError) for v in (1.5, "x")],
     *[("restart_mult", v, ValueError) for v in (0.5, 0, NAN, INF)],
-    *[("maximize", v, ValueError) for v in (None, 1, "yes")],
-    *[("foreach", v, ValueError) for v in (1, "yes")],
-    *[("fused", v, ValueError) for v in (1, "yes")],
+    *[("maximize", v, TypeError) for v in (None, 1, "yes")],
+    *[("foreach", v, TypeError) for v in (1, "yes")],
+    *[("fused", v, TypeError) for v in (1, "yes")],
 ]
 
 
@@ -86,6 +86,30 @@ def test_a_misspelt_group_key_is_found(key: str, meant: str) -> None:
         DALS([{"params": mlp(2, 2).named_parameters(), key: 0.1}])
 
 
+def test_a_list_changed_in_place_is_checked(seed: int) -> None:
+    model = ConvNet()
+    optimizer = DALS(model, ema_decay=[0.3, 0.6, 0.7])
+    train_step(model, optimizer, batch(torch.float32))
+    assert optimizer.param_groups[0]["ema_decay"] == (0.3, 0.6, 0.7)
+    decay = optimizer.param_groups[0]["ema_decay"] = [0.3, 0.6, 0.7]
+    train_step(model, optimizer, batch(torch.float32))
+    decay[0] = NAN
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match="ema_decay"):
+        optimizer.step(loss=1.0)
+    assert identical(before, snapshot(model, optimizer))
+
+
+def test_a_lazy_module_is_left_until_it_has_a_shape() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    optimizer = DALS(model)
+    model[1].weight.grad, model[1].bias.grad = torch.ones(2, 3), torch.ones(2)
+    optimizer.step(loss=1.0)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step(loss=1.0)
+    assert model[0].weight in optimizer.state
+
+
 def test_foreign_group_keys_are_the_users_own() -> None:
     group = {"params": mlp(2, 2).named_parameters(), "name": "all", "lr_scale": 0.5, "initial_lr": 1.0, "betas": (0, 0)}
     assert DALS([group]).param_groups[0]["lr_scale"] == 0.5
@@ -101,11 +125,9 @@ def test_two_schedules_are_refused() -> None:
             build()
 
 
-def test_foreach_with_fused_and_fused_alone() -> None:
+def test_foreach_with_fused() -> None:
     with pytest.raises(RuntimeError, match="foreach and fused cannot both be True"):
         DALS(mlp(2, 2), foreach=True, fused=True)
-    with pytest.raises(RuntimeError, match="fused=True is not available"):
-        DALS(mlp(2, 2), fused=True)
     DALS(mlp(2, 2), fused=False)
 
 

@@ -197,7 +197,8 @@ def test_gradients_are_only_read(seed: int) -> None:
         for path in PATHS:
             for maximize in (False, True):
                 model = ConvNet()
-                optimizer = build(preset, path, model, maximize=maximize, weight_decay=0.0)
+                decay = 0.0 if maximize else 0.1
+                optimizer = build(preset, path, model, maximize=maximize, weight_decay=decay)
                 for p in model.parameters():
                     p.grad = torch.randn_like(p)
                 grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -440,17 +441,51 @@ def test_presets_differ_in_defaults_alone() -> None:
         assert table[cls]["restart_mult"] == 2 and table[cls]["total_steps"] is None
 
 
-def test_foreach_makes_no_copy_of_the_gradients(seed: int) -> None:
-    """Peak extra memory of a float32 step is one update u: 4 bytes a parameter, and nothing stays."""
-    p = nn.Parameter(torch.randn(1 << 20))
-    p.grad = torch.randn(1 << 20)
-    optimizer = DALS([("p", p)])
-    optimizer.step(loss=1.0)
+def peak_bytes(optimizer: DALS) -> tuple[int, int]:
+    """Peak and remaining bytes that a step allocates, from the profiler's memory events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         optimizer.step(loss=1.0)
-    sizes = [e.cpu_memory_usage for e in profile.events() if e.name == "[memory]"]
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     peak = current = 0
-    for size in sizes:
-        current += size
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
         peak = max(peak, current)
-    assert peak < 1.01 * p.numel() * 4 and current < 10_000, (peak, current)
+    return peak, current
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_foreach_makes_no_copy_of_the_gradients(layout: torch.memory_format, seed: int) -> None:
+    """Peak extra memory of a float32 step is one update u: 4 bytes a parameter, and nothing stays."""
+    p = nn.Parameter(torch.randn(64, 256, 8, 8).to(memory_format=layout))
+    p.grad = torch.randn_like(p)
+    optimizer = DALS([("p", p)])
+    optimizer.step(loss=1.0)
+    peak, remaining = peak_bytes(optimizer)
+    assert 0.99 * p.numel() * 4 < peak < 1.01 * p.numel() * 4 and remaining < 10_000, (peak, remaining)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_norms_beyond_the_squares_of_float32(path: str) -> None:
+    """1e-24 and 1e24 have squares that float32 cannot hold; the ratio of equal norms is what it always is."""
+    for size in (1e-24, 1e-10, 1e24):
+        p = nn.Parameter(torch.full((100,), size))
+        p.grad = torch.full((100,), size)
+        optimizer = build("dals", path, [("p", p)], weight_decay=0.0, trust_clip=(0.0, 10.0), depth=0.0)
+        optimizer.step(loss=1.0)
+        assert optimizer.trust_ratios()["p"] == pytest.approx(0.02 / (0.3 + 0.7 * 0.7), rel=1e-5)
+
+
+def test_only_an_untouched_optimizer_takes_a_step_for_state_creation(seed: int) -> None:
+    """Zero gradients and lr 0 in the middle of a run are a step like any other: momentum goes on."""
+    model = ConvNet()
+    optimizer = DALS(model)
+    train_step(model, optimizer, batch(torch.float32))
+    before = optimizer.state[model.conv.weight]["momentum_buffer"].clone()
+    optimizer.param_groups[0]["lr"] = 0.0
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(loss=1.0)
+    assert optimizer.param_groups[0]["step"] == 2
+    assert not torch.equal(before, optimizer.state[model.conv.weight]["momentum_buffer"])

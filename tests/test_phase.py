@@ -123,8 +123,10 @@ def test_losses_before_one_step_are_averaged() -> None:
 
 def test_an_observed_loss_keeps_no_graph_and_no_alias() -> None:
     optimizer = DALS(parameter())
-    loss = (torch.ones(1, requires_grad=True) * 2).sum()
+    loss = (torch.ones(1, requires_grad=True, dtype=torch.float64) * 2).sum()
     optimizer.observe_loss(loss)
+    pending = optimizer._runtime.loss._pending
+    assert pending is not None and pending.grad_fn is None and not pending.requires_grad
     with torch.no_grad():
         loss.mul_(100)
     optimizer.step()
@@ -142,6 +144,30 @@ def test_no_loss_warns_once_and_stays_in_phase_1() -> None:
     assert caught[0].filename == __file__
     for door in ("step(loss=loss)", "observe_loss(loss)", "step(closure)", "watch_loss("):
         assert door in message
+
+
+def test_a_loaded_or_copied_optimizer_says_so_if_nobody_feeds_it() -> None:
+    """watch_loss does not carry over; the phase would stay as it was for good, without a word."""
+    optimizer = DALS(parameter())
+    optimizer.step(loss=1.0)
+    loaded = DALS(parameter())
+    loaded.load_state_dict(optimizer.state_dict())
+    for other in (loaded, copy.deepcopy(optimizer)):
+        other.param_groups[0]["params"][0].grad = torch.ones(3)
+        with pytest.warns(UserWarning, match="since it was made, loaded or copied"):
+            other.step()
+        assert other.phases() == [0]
+
+
+def test_losses_of_a_refused_step_are_not_kept() -> None:
+    optimizer = DALS(parameter())
+    optimizer.step(loss=1.0)
+    optimizer.param_groups[0]["momentum"] = 2.0
+    with pytest.raises(ValueError):
+        optimizer.step(loss=1000.0)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    optimizer.step(loss=1.0)
+    assert optimizer.param_groups[0]["loss_ema"] == 1.0
 
 
 def test_no_warning_once_a_loss_was_seen() -> None:
@@ -220,7 +246,7 @@ def test_watch_loss_ignores_a_model_without_labels() -> None:
     module = WithLoss(SimpleNamespace(loss=None))
     optimizer.watch_loss(module)
     module()
-    assert not optimizer._runtime.loss.ever_observed
+    assert not optimizer._runtime.loss.observed
 
 
 @pytest.mark.parametrize("output", [torch.ones(4, 3), SimpleNamespace(logits=1), (torch.ones(()),), {"loss": "x"}])
@@ -248,6 +274,6 @@ def test_copies_of_a_watched_module_are_not_watched() -> None:
     saved.seek(0)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(saved, weights_only=False)):
         other()
-    assert not optimizer._runtime.loss.ever_observed
+    assert not optimizer._runtime.loss.observed
     module()
-    assert optimizer._runtime.loss.ever_observed
+    assert optimizer._runtime.loss.observed

@@ -1,0 +1,186 @@
+"""Flattened layer buckets: what one launch of the fused pass works on, and the memory that belongs to it.
+
+A bucket serves the tensors of one device and one set of dtypes, whatever their groups. Parameters and gradients stay
+where the user put them and are reached through tables of addresses; state lies in flat, padded buffers. Nothing about a
+tensor is taken for granted from one step to the next: fingerprint.py compares, and the tables are written again when
+something changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_dals.gather import TensorBatch
+from fused_dals.kernels import layout
+from fused_dals.worklist import packed_work_list
+
+#: Elements of a chunk, the unit of work. A power of two; 4096 float32 elements of 8 warps are 16 a thread, four 16-byte
+#: loads per tensor. Waits for a measurement.
+CHUNK = 4096
+
+#: Bytes between stages A and B of a tensor, as a share of the L2 cache. Waits for a measurement.
+WINDOW_SHARE_OF_L2 = 0.5
+L2_BYTES_WITHOUT_DEVICE = 4 << 20
+
+#: Integers of a segment of the flags, a multiple of 128 bytes.
+SYNC_PADDING = 32
+
+#: What a 16-byte access asks of an address.
+WIDE_BYTES = 16
+
+
+@dataclass
+class FusedTensors:
+    """The tensors of one bucket in list order, with what the table says of each."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    grad_emas: list[Tensor]
+    momentum_buffers: list[Tensor]
+    groups: list[int]
+    blends: list[float]
+
+
+class Bucket:
+    """The tables, work list and scratch memory of one launch; they live until the tensors change."""
+
+    def __init__(self, device: torch.device, chunk: int = CHUNK, window: int | None = None) -> None:
+        """``window``: chunks between stages A and B, chosen from the device's L2 cache where None."""
+        self.device = device
+        self.chunk = chunk
+        self.fixed_window = window
+        self.sizes: list[int] = []
+
+    def refresh(self, tensors: FusedTensors) -> None:
+        """Write the tables for these tensors, and the work list where their sizes are new.
+
+        Raises RuntimeError, before anything is written, where strides leave too many dimensions.
+        """
+        sizes = [p.numel() for p in tensors.params]
+        chunks = [-(-size // self.chunk) for size in sizes]
+        rows: list[tuple[int, ...]] = []
+        dims: list[list[int]] = []
+        first_chunk = 0
+        quadruples = zip(tensors.params, tensors.grads, tensors.grad_emas, tensors.momentum_buffers, strict=True)
+        for i, (p, g, h, m) in enumerate(quadruples):
+            access, row_of_dims = _access(p, g, h, m), 0
+            if access == layout.STRIDED:
+                row_of_dims = len(dims)
+                dims.append(_joined_dims(p, g, h))
+            addresses = p.data_ptr(), h.data_ptr(), m.data_ptr()
+            rows.append((*addresses, sizes[i], first_chunk, chunks[i], tensors.groups[i], access, row_of_dims))
+            first_chunk += chunks[i]
+        if sizes != self.sizes:
+            self._plan(sizes, chunks, tensors)
+        self.tensors = self._upload(rows)
+        self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
+        self.blends = to_device(torch.tensor(tensors.blends, dtype=torch.float32), self.device)
+        self.refresh_grads([g.data_ptr() for g in tensors.grads])
+
+    def refresh_grads(self, addresses: list[int]) -> None:
+        """Point to gradients elsewhere, of the same strides and as well aligned; the table keeps its memory."""
+        table = torch.tensor(addresses, dtype=torch.int64)
+        if self.device.type != "cpu":
+            table = table.pin_memory()
+        self.grads.copy_(table, non_blocking=True)
+
+    def _plan(self, sizes: list[int], chunks: list[int], tensors: FusedTensors) -> None:
+        """The work list and the scratch memory, which depend on sizes alone."""
+        self.sizes = sizes
+        window = self.fixed_window
+        if window is None:
+            read = tensors.params[0].element_size() + tensors.grads[0].element_size()
+            read += 2 * tensors.grad_emas[0].element_size()
+            window = int(WINDOW_SHARE_OF_L2 * _l2_bytes(self.device)) // (read * self.chunk)
+        items = packed_work_list(chunks, window)
+        self.item_count = len(items)
+        self.items = to_device(items if self.item_count else torch.zeros(1, dtype=torch.int64), self.device)
+        self.partials = torch.empty(2 * max(1, sum(chunks)), dtype=torch.float32, device=self.device)
+        self.grads = torch.empty(len(sizes), dtype=torch.int64, device=self.device)
+        # A tensor without elements has no chunk that would write its ratio.
+        self.ratios = torch.ones(len(sizes), dtype=torch.float32, device=self.device)
+
+    @property
+    def sync_count(self) -> int:
+        """Integers that programs agree by: arrivals and ready flag per tensor, the ticket counter."""
+        return sum(self._sync_parts())
+
+    def _sync_parts(self) -> list[int]:
+        # Padded, because Triton compiles a variant of its own for pointers that are not aligned to 16 bytes.
+        per_tensor = -(-len(self.sizes) // SYNC_PADDING) * SYNC_PADDING
+        return [per_tensor, per_tensor, SYNC_PADDING]
+
+    def use_sync(self, sync: Tensor) -> None:
+        """Take these sync_count integers, which the prologue clears."""
+        self.arrivals, self.ready, self.counter = sync.split(self._sync_parts())
+
+    def _upload(self, values: Sequence[object]) -> Tensor:
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
+
+
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A table made on the host, copied to the device without waiting for it."""
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+def tensors_of(
+    batches: Iterable[TensorBatch], state: Mapping[Tensor, Mapping[str, Tensor]], blends: Sequence[Sequence[float]]
+) -> FusedTensors:
+    """The batches of one bucket, one after the other; ``blends[g]`` has a raw blend per parameter of group g."""
+    found = FusedTensors([], [], [], [], [], [])
+    for batch in batches:
+        found.params += batch.params
+        found.grads += batch.grads
+        found.grad_emas += [state[param]["grad_ema"] for param in batch.params]
+        found.momentum_buffers += [state[param]["momentum_buffer"] for param in batch.params]
+        found.groups += [batch.group_index] * len(batch.params)
+        found.blends += [blends[batch.group_index][position] for position in batch.positions]
+    return found
+
+
+def _access(p: Tensor, g: Tensor, h: Tensor, m: Tensor) -> int:
+    """How the kernel may reach a tensor; state is dense by construction."""
+    if p.stride() != h.stride() or g.stride() != h.stride():
+        same = all(
+            size == 1 or (a == c and b == c)
+            for size, a, b, c in zip(p.shape, p.stride(), g.stride(), h.stride(), strict=True)
+        )
+        if not same and p.numel() > 0:
+            return int(layout.STRIDED)
+    aligned = all(t.data_ptr() % WIDE_BYTES == 0 for t in (p, g, h, m))
+    return int(layout.WIDE if aligned else layout.NARROW)
+
+
+def _joined_dims(p: Tensor, g: Tensor, h: Tensor) -> list[int]:
+    """Sizes, parameter strides, gradient strides in the order of the state's memory, innermost first.
+
+    Neighbouring dimensions that are one run in both tensors are joined. Raises RuntimeError where more than MAX_DIMS
+    are left.
+    """
+    order = sorted((d for d in range(p.dim()) if p.shape[d] != 1), key=h.stride)
+    joined: list[tuple[int, int, int]] = []
+    for d in order:
+        size, p_stride, g_stride = p.shape[d], p.stride(d), g.stride(d)
+        if joined:
+            last, p_last, g_last = joined[-1]
+            if p_stride == p_last * last and g_stride == g_last * last:
+                joined[-1] = (last * size, p_last, g_last)
+                continue
+        joined.append((size, p_stride, g_stride))
+    if len(joined) > layout.MAX_DIMS:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} and its gradient have strides that leave {len(joined)} dimensions, "
+            f"and the fused kernel follows at most {layout.MAX_DIMS}; use foreach=True for its group"
+        )
+    joined += [(1, 0, 0)] * (layout.MAX_DIMS - len(joined))
+    return [value for column in zip(*joined, strict=True) for value in column]
+
+
+def _l2_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return L2_BYTES_WITHOUT_DEVICE
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)

@@ -1,0 +1,146 @@
+"""What a user says of depths, and the depth of every parameter of an optimizer. SPEC, section "Depth"."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from fused_dals.depth import depths_from_names, evenly_spaced
+
+#: ``"auto"``, a depth for all, ``{name or regular expression: depth}``, or ``f(name, param) -> depth``.
+DepthRule: TypeAlias = str | float | Mapping[str, float] | Callable[[str, Tensor], float]
+
+
+def check_rule(rule: object, where: str) -> DepthRule:
+    """``rule`` itself, or an error if it is none of the forms a depth rule has."""
+    if isinstance(rule, str) and rule != "auto":
+        raise ValueError(f"{where}: depth must be 'auto', a number, a dict or a callable, got {rule!r}")
+    if isinstance(rule, Mapping):
+        for key, depth in rule.items():
+            check_depth(depth, f"{where}: depth of {key!r}")
+    elif not isinstance(rule, str) and not callable(rule):
+        check_depth(rule, f"{where}: depth")
+    return rule  # type: ignore[return-value]
+
+
+def check_depth(depth: object, what: str) -> float:
+    """``depth`` as a float, or an error that says ``what`` is wrong."""
+    if isinstance(depth, bool) or not isinstance(depth, Real):
+        raise TypeError(f"{what} must be a number in [0, 1], got {depth!r}")
+    if not 0.0 <= float(depth) <= 1.0:
+        raise ValueError(f"{what} must be in [0, 1], got {depth!r}")
+    return float(depth)
+
+
+def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
+    """Raise ValueError unless every key of a dict of depths names one of ``names``, or matches one as an expression."""
+    if not isinstance(rule, Mapping):
+        return
+    known = set(names)
+    for key in rule:
+        if key in known:
+            continue
+        try:
+            if any(re.fullmatch(key, name) for name in known):
+                continue
+        except re.error as error:
+            raise ValueError(
+                f"{where}: depth key {key!r} is no parameter name and no regular expression: {error}"
+            ) from None
+        examples = ", ".join(map(repr, sorted(known)[:3]))
+        raise ValueError(
+            f"{where}: depth key {key!r} matches no parameter. A key is a parameter's name, or a regular expression "
+            f"that matches whole names; names here are like {examples}."
+        )
+
+
+def _matches(expression: str, name: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error:  # a mistake that check_depth_keys reports
+        return False
+
+
+class DepthMap:
+    """The depth of every parameter of an optimizer, as groups come and parameters are swapped.
+
+    Nothing is kept per tensor: wrappers replace parameters after an optimizer is built, names and positions stay.
+    """
+
+    def __init__(self, rule: DepthRule, where: str, names: Sequence[str] = ()) -> None:
+        """``rule`` serves groups without one of their own; ``names`` are those of the full model, where known."""
+        self.rule = check_rule(rule, where)
+        self._explicit: dict[tuple[int, str], float] = {}
+        self._groups_of_names: list[Sequence[str]] = [names]
+        self._auto = depths_from_names(self._groups_of_names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A lambda cannot be pickled; what it said of the parameters is kept, and groups added later go by "auto".
+        rule = self.rule
+        if callable(rule):
+            try:
+                pickle.dumps(rule)
+            except (pickle.PicklingError, AttributeError, TypeError):
+                rule = "auto"
+        return {**self.__dict__, "rule": rule}
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Every parameter name met so far."""
+        return self._auto.keys()
+
+    def learn_names(self, names: Sequence[str]) -> None:
+        """Scale anew over all names known when a new one appears."""
+        if any(name not in self._auto for name in names):
+            self._groups_of_names.append(names)
+            self._auto = depths_from_names(self._groups_of_names)
+
+    def learn_rule(self, rule: DepthRule, group_index: int, labelled: Iterable[tuple[str, Tensor]], where: str) -> None:
+        """Keep what a dict or a callable says of a group's (label, parameter) pairs.
+
+        A dict need not cover all of them. An exact name wins over a regular expression, an earlier one over a later;
+        a key that is some parameter's name is never taken for an expression.
+        """
+        if isinstance(rule, Mapping):
+            labels = [label for label, _ in labelled]
+            literal = {*self.names, *labels}
+            found = {}
+            for label in labels:
+                keys = [label] if label in rule else [k for k in rule if k not in literal and _matches(k, label)]
+                if keys:
+                    found[group_index, label] = float(rule[keys[0]])
+        elif callable(rule):
+            found = {
+                (group_index, label): check_depth(rule(label, param), f"{where}: depth of {label!r}")
+                for label, param in labelled
+            }
+        else:
+            return
+        self._explicit |= found
+
+    def ranks_positions(self, group_index: int, labels: Iterable[str], fixed: float | None) -> bool:
+        """Whether some parameter of an unnamed group gets its depth from its place in the group alone."""
+        return fixed is None and any((group_index, label) not in self._explicit for label in labels)
+
+    def of_group(
+        self, group_index: int, labels: Sequence[str], names: Sequence[str] | None, fixed: float | None
+    ) -> list[float]:
+        """Depths of a group's parameters: ``group["depth"]``, else the rule's word, else the rank of the module.
+
+        ``labels`` has one entry per parameter; ``names`` is None where parameters have no names.
+        """
+        if fixed is not None:
+            return [check_depth(fixed, f"group {group_index}: depth")] * len(labels)
+        if names is None:
+            auto = evenly_spaced(len(labels))
+        else:
+            self.learn_names(names)
+            auto = [self._auto[name] for name in names]
+        if not self._explicit:
+            return auto
+        return [self._explicit.get((group_index, label), d) for label, d in zip(labels, auto, strict=True)]

@@ -1,0 +1,114 @@
+"""The fused pass past the optimizer: any state dtype, any work list and launch shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_dals import DALS, fused
+from fused_dals.buckets import CHUNK, Bucket
+from fused_dals.fused import FusedPass
+from fused_dals.gather import TensorBatch
+from fused_dals.loss_signal import LossSignal
+
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]
+SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is free to choose about a launch; none of it may change a result. ``window`` counts chunks."""
+
+    chunk: int = CHUNK
+    window: int | None = None
+    stage_a_writes: bool = True
+    num_warps: int = fused.NUM_WARPS
+    programs_per_sm: int = fused.PROGRAMS_PER_SM
+
+
+@dataclass
+class TensorSet:
+    """Tensors of one set of dtypes, in layer order."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    grad_emas: list[Tensor]
+    momentum_buffers: list[Tensor]
+    blends: list[float]
+
+    @property
+    def dtypes(self) -> Dtypes:
+        return self.params[0].dtype, self.grads[0].dtype, self.grad_emas[0].dtype
+
+    def reordered(self, order: Sequence[int]) -> TensorSet:
+        """The same tensors in another order."""
+        lists = (self.params, self.grads, self.grad_emas, self.momentum_buffers)
+        p, g, h, m = ([tensors[i] for i in order] for tensors in lists)
+        return TensorSet(p, g, h, m, [self.blends[i] for i in order])
+
+
+def even_blends(count: int) -> list[float]:
+    """b of tensors at evenly spaced depths."""
+    return [0.3 + 0.4 * i / max(1, count - 1) for i in range(count)]
+
+
+def hyperparameters(**overrides: Any) -> dict[str, Any]:
+    """A param group's hyperparameters; the filter is the same in every phase, so that any step repeats another."""
+    group = DALS([("w", nn.Parameter(torch.zeros(1)))]).defaults
+    return {**group, "ema_decay": (0.3, 0.3, 0.3), **overrides}
+
+
+class PassDriver:
+    """Steps a set of tensors, which must stay where they are, under a plan."""
+
+    def __init__(self, tensors: TensorSet, plan: Plan, group: dict[str, Any]) -> None:
+        self.tensors = tensors  # the pass itself holds addresses
+        self.plan = plan
+        self.group = group
+        device = tensors.params[0].device
+        self.fused_pass = FusedPass(device, window=plan.window, stage_a_writes=plan.stage_a_writes)
+        self.fused_pass.buckets[tensors.dtypes] = Bucket(device, chunk=plan.chunk, window=plan.window)
+        state = {
+            param: {"grad_ema": h, "momentum_buffer": m}
+            for param, h, m in zip(tensors.params, tensors.grad_emas, tensors.momentum_buffers, strict=True)
+        }
+        batch = TensorBatch(0, list(range(len(tensors.params))), tensors.params, tensors.grads)
+        self.fused_pass.prepare([batch], state, [tensors.blends])
+        self.loss = torch.ones((), device=device)
+        self.signal = LossSignal()
+        self.completed_steps = 0
+
+    def step(self) -> Tensor:
+        """One step; returns the trust ratios, in memory that the next step writes again."""
+        self.signal.observe(self.loss)
+        with _launch_shape(self.plan):
+            (measured,) = self.fused_pass.run([self.group], self.completed_steps, self.signal)
+        self.completed_steps += 1
+        return measured.values
+
+
+@contextmanager
+def _launch_shape(plan: Plan) -> Iterator[None]:
+    before = fused.NUM_WARPS, fused.PROGRAMS_PER_SM
+    fused.NUM_WARPS, fused.PROGRAMS_PER_SM = plan.num_warps, plan.programs_per_sm
+    try:
+        yield
+    finally:
+        fused.NUM_WARPS, fused.PROGRAMS_PER_SM = before
+
+
+def compile_variant(device: torch.device, dtypes: Dtypes, plan: Plan, tensors: int) -> None:
+    """Run a tiny step, in a process of its own, so that the compiled kernel is in Triton's cache on disk.
+
+    ``tensors`` modulo 4 decides on the alignment of the per-tensor arrays, for which Triton specializes.
+    """
+    kinds = (dtypes[0], dtypes[1], dtypes[2], dtypes[2])
+    p, g, h, m = ([torch.ones(64, dtype=kind, device=device) for _ in range(tensors % 4 or 4)] for kind in kinds)
+    PassDriver(TensorSet(p, g, h, m, even_blends(len(p))), plan, hyperparameters()).step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,198 @@
+"""What the GPU benchmark asks of a device, and CUDA's answers: all of torch.cuda that it uses stands here."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+#: Far above what one launch, or what is queued before it, can take.
+HANG_SECONDS = 60.0
+COPY_BYTES = 1 << 30
+COPIES_PER_SAMPLE = 10
+MATMUL_WIDTH = 4096
+MATMULS = 16
+LAUNCH_CATEGORIES = ("kernel", "gpu_memset", "gpu_memcpy")
+
+Launch = tuple[str, str]
+
+
+class DeviceHung(BaseException):
+    """Queued work does not end. No Exception: nothing but ending the process helps."""
+
+
+class Machine(Protocol):
+    """A device with its clocks and counters."""
+
+    device: torch.device
+    l2_bytes: int
+
+    def describe(self) -> dict[str, Any]:
+        """Device, driver and versions, ready for JSON."""
+        ...
+
+    def wait(self) -> None:
+        """Until everything queued is done; DeviceHung where that never happens."""
+        ...
+
+    def seconds(self, work: Callable[[], object], lead_s: float = 0.0) -> float:
+        """Device time of what ``work`` queues, behind other work of ``lead_s``, so that the queue does not run dry."""
+        ...
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second, read and written, of one sample of large copies."""
+        ...
+
+    def occupy(self, seconds: float) -> None:
+        """Queue work for about so long."""
+        ...
+
+    def keep_busy(self) -> None:
+        """Queue matrix products on a second stream."""
+        ...
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        """Memory that ``work`` allocates at most beyond what was allocated before it."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Memory that can be allocated."""
+        ...
+
+    def release(self) -> None:
+        """Give back memory that nothing refers to."""
+        ...
+
+    def no_waiting(self) -> AbstractContextManager[None]:
+        """Within it an operation that waits for the device is an error."""
+        ...
+
+    def launches(self, work: Callable[[], object]) -> list[Launch]:
+        """Category and name of each kernel, memset and copy that ``work`` launches."""
+        ...
+
+
+class CudaMachine:
+    """A CUDA device, the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        properties = torch.cuda.get_device_properties(self.device)
+        self.l2_bytes: int = properties.L2_cache_size
+        self.source = torch.randn(COPY_BYTES // 4, device=self.device)
+        self.target = torch.empty_like(self.source)
+        self.factors = torch.randn(2, MATMUL_WIDTH, MATMUL_WIDTH, device=self.device).bfloat16()
+        self.product = torch.empty_like(self.factors[0])
+        self.side_stream = torch.cuda.Stream()
+        self.copy_seconds = 2 * COPY_BYTES / max(self.copy_bandwidth() for _ in range(3))
+
+    def describe(self) -> dict[str, Any]:
+        properties = torch.cuda.get_device_properties(self.device)
+        return {
+            "device": torch.cuda.get_device_name(self.device),
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": self.l2_bytes,
+            "memory_bytes": properties.total_memory,
+            "driver": _driver_version(),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        }
+
+    def wait(self) -> None:
+        for stream in (torch.cuda.current_stream(), self.side_stream):
+            event = torch.cuda.Event()
+            event.record(stream)
+            _wait_for(event)
+
+    def seconds(self, work: Callable[[], object], lead_s: float = 0.0) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if lead_s > 0:
+            self.occupy(lead_s)
+        start.record()
+        work()
+        end.record()
+        _wait_for(end)
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3
+
+    def copy_bandwidth(self) -> float:
+        def copies() -> None:
+            for _ in range(COPIES_PER_SAMPLE):
+                self.target.copy_(self.source)
+
+        return COPIES_PER_SAMPLE * 2 * COPY_BYTES / self.seconds(copies)
+
+    def occupy(self, seconds: float) -> None:
+        for _ in range(math.ceil(seconds / self.copy_seconds)):
+            self.target.copy_(self.source)
+
+    def keep_busy(self) -> None:
+        with torch.cuda.stream(self.side_stream):
+            for _ in range(MATMULS):
+                torch.mm(self.factors[0], self.factors[1], out=self.product)
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        self.wait()
+        return torch.cuda.max_memory_allocated() - before
+
+    def free_bytes(self) -> int:
+        self.release()
+        free: int = torch.cuda.mem_get_info()[0]
+        return free
+
+    def release(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def no_waiting(self) -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def launches(self, work: Callable[[], object]) -> list[Launch]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            work()
+            self.wait()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            profile.export_chrome_trace(str(trace))
+            return launches_of(json.loads(trace.read_text())["traceEvents"])
+
+
+def launches_of(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
+    """Those among the events of a profiler's trace that the device executed."""
+    return [(event["cat"], event["name"]) for event in events if event.get("cat") in LAUNCH_CATEGORIES]
+
+
+def _wait_for(event: torch.cuda.Event) -> None:
+    """Poll, because a wait for a kernel that never ends could not be given up."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise DeviceHung(f"the device was still at work after {HANG_SECONDS:.0f} seconds")
+        time.sleep(2e-5)
+
+
+def _driver_version() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout else None

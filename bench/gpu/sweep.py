@@ -1,0 +1,98 @@
+"""The tuning sweep: chunk and warps, then programs, then window and who writes h and m, each at the best so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from bench.gpu.contenders import tensor_set
+from bench.gpu.driver import SHORT_NAMES, Dtypes, PassDriver, Plan, hyperparameters
+from bench.gpu.machine import Machine
+from bench.gpu.timing import Sampler, make_parameters, one_line
+from bench.shapes import NamedShape
+from bench.timing import Spread
+
+CHUNKS, WARPS, PROGRAMS = (2048, 4096, 8192), (4, 8, 16), (1, 2, 3, 4)
+WINDOW_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, math.inf)
+ALL = 10**9
+
+
+@dataclass
+class SweepRow:
+    """One plan's time on one list of tensors; `window_share` of the L2 cache, None for the default window."""
+
+    model: str
+    dtypes: str
+    plan: dict[str, Any]
+    window_share: float | None  # infinite: all A before all B
+    device_s: Spread | None = None
+    error: str | None = None
+
+
+def compiled_variants() -> list[Plan]:
+    """The plans of a sweep that differ in machine code."""
+    return [
+        Plan(chunk=chunk, num_warps=warps, stage_a_writes=writes)
+        for writes in (True, False)
+        for chunk in CHUNKS
+        for warps in WARPS
+    ]
+
+
+def window_chunks(share: float, l2_bytes: int, dtypes: Dtypes, chunk: int) -> int:
+    """A window that is this share of the L2 cache, in chunks of p, g, h and m."""
+    if math.isinf(share):
+        return ALL
+    p, g, state = (dtype.itemsize for dtype in dtypes)
+    return int(share * l2_bytes) // ((p + g + 2 * state) * chunk)
+
+
+def sweep(
+    machine: Machine,
+    model: str,
+    dtypes: Dtypes,
+    shapes: Sequence[NamedShape],
+    samples: int,
+    time_is_up: Callable[[], bool],
+    seed: int,
+) -> Iterator[SweepRow]:
+    """Rows in the order in which they were measured; ends early when time is up, and says so in its last row."""
+    named = make_parameters(shapes, dtypes, machine.device, seed)
+    tensors = tensor_set(named, dtypes[2])
+    dtypes_name = "/".join(SHORT_NAMES[dtype] for dtype in dtypes)
+    best: tuple[float, Plan, float | None] = (math.inf, Plan(), None)
+    measured: set[tuple[Plan, float | None]] = set()
+
+    def stages(stage: int, plan: Plan, share: float | None) -> Iterator[tuple[Plan, float | None]]:
+        if stage == 0:
+            yield from ((replace(plan, chunk=chunk, num_warps=w), share) for chunk in CHUNKS for w in WARPS)
+        elif stage == 1:
+            yield from ((replace(plan, programs_per_sm=programs), share) for programs in PROGRAMS)
+        else:
+            yield from ((replace(plan, stage_a_writes=a), s) for a in (True, False) for s in WINDOW_SHARES)
+
+    for stage in range(3):
+        for plan, share in stages(stage, best[1], best[2]):
+            if (plan, share) in measured:
+                continue
+            measured.add((plan, share))
+            row = SweepRow(model, dtypes_name, asdict(plan), share)
+            if time_is_up():
+                row.error = "left out from here on: time is up"
+                yield row
+                return
+            if share is not None:
+                window = window_chunks(share, machine.l2_bytes, dtypes, plan.chunk)
+                row.plan = asdict(replace(plan, window=window))
+            try:
+                driver = PassDriver(tensors, Plan(**row.plan), hyperparameters(lr=1e-5))
+                sampler = Sampler(machine, driver.step)
+                row.device_s = Spread.of([sampler.sample() for _ in range(samples)])
+            except Exception as error:
+                row.error = one_line(error)
+            else:
+                if row.device_s.median < best[0]:
+                    best = row.device_s.median, plan, share
+            yield row

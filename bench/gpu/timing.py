@@ -1,0 +1,168 @@
+"""Step times on a GPU: contenders side by side on one set of tensors, device time and host time apart."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.contenders import NamedParameter, Step
+from bench.gpu.contenders import Contender
+from bench.gpu.driver import Dtypes
+from bench.gpu.machine import Machine
+from bench.shapes import NamedShape
+from bench.timing import Spread
+
+WARMUP_STEPS = 3
+#: A sample is several steps back to back: about so much device time, and at most so much host time.
+SAMPLE_DEVICE_S, SAMPLE_HOST_S, MOST_STEPS = 5e-3, 10e-3, 20
+#: Share of the free memory that contenders may fill side by side.
+MEMORY_SHARE = 0.9
+
+
+@dataclass
+class StepRow:
+    """One contender's step on one list of tensors; `error` says why it has no figures."""
+
+    model: str
+    dtypes: str
+    contender: str
+    tensors: int
+    parameters: int
+    bytes_per_parameter: float
+    side_by_side: bool
+    steps_per_sample: int = 0
+    device_samples_s: list[float] = field(default_factory=list)
+    host_samples_s: list[float] = field(default_factory=list)
+    device_s: Spread | None = None
+    host_s: Spread | None = None
+    bytes_per_s: float | None = None
+    peak_extra_bytes: int | None = None
+    error: str | None = None
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def make_parameters(
+    shapes: Sequence[NamedShape], dtypes: Dtypes, device: torch.device, seed: int
+) -> list[NamedParameter]:
+    """Random parameters with random gradients."""
+    generator = torch.Generator(device).manual_seed(seed)
+    named = []
+    for name, shape in shapes:
+        values = torch.empty(shape, dtype=dtypes[0], device=device).normal_(0, 0.02, generator=generator)
+        parameter = torch.nn.Parameter(values)
+        gradient = torch.empty(shape, dtype=dtypes[1], device=device).normal_(0, 0.02, generator=generator)
+        parameter.grad = gradient
+        named.append((name, parameter))
+    return named
+
+
+def host_seconds(machine: Machine, step: Step) -> float:
+    """Host time of one step into an empty queue."""
+    machine.wait()
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def host_sample(machine: Machine, step: Step, samples: int) -> list[float]:
+    found = [host_seconds(machine, step) for _ in range(samples)]
+    machine.wait()
+    return found
+
+
+class Sampler:
+    """Takes samples of one step, the device's queue kept filled: the lead is work that the host's time hides behind."""
+
+    def __init__(self, machine: Machine, step: Step) -> None:
+        self.machine, self.step = machine, step
+        for _ in range(WARMUP_STEPS):
+            step()
+        self.host_s = min(host_sample(machine, step, 3))
+        self.steps = 1
+        device_s = self.sample()
+        wanted = min(SAMPLE_DEVICE_S / max(device_s, 1e-9), SAMPLE_HOST_S / max(self.host_s, 1e-9), MOST_STEPS)
+        self.steps = max(1, math.floor(wanted))
+
+    def sample(self) -> float:
+        """Device seconds per step."""
+
+        def steps() -> None:
+            for _ in range(self.steps):
+                self.step()
+
+        return self.machine.seconds(steps, lead_s=1.5 * self.steps * self.host_s) / self.steps
+
+
+def time_contenders(
+    machine: Machine,
+    model: str,
+    dtypes: Dtypes,
+    dtypes_name: str,
+    shapes: Sequence[NamedShape],
+    contenders: Mapping[str, Contender],
+    samples: int,
+    seed: int,
+) -> list[StepRow]:
+    """Time every contender once per round where all fit into memory, else one contender after the other.
+
+    All step the same parameters along the same gradients, each with state of its own.
+    """
+    parameters = sum(math.prod(shape) for _, shape in shapes)
+    free = MEMORY_SHARE * machine.free_bytes()
+    own = parameters * (dtypes[0].itemsize + dtypes[1].itemsize)
+    needs = {name: parameters * (c.state + c.scratch) for name, c in contenders.items()}
+    if own + min(needs.values()) > free:
+        raise RuntimeError(f"left out: needs {(own + min(needs.values())) / 1e9:.0f} GB of {free / 1e9:.0f} GB")
+    side_by_side = own + sum(parameters * c.state for c in contenders.values()) + max(needs.values()) <= free
+    rows = {
+        name: StepRow(model, dtypes_name, name, len(shapes), parameters, c.moves, side_by_side)
+        for name, c in contenders.items()
+    }
+    named = make_parameters(shapes, dtypes, machine.device, seed)
+    for names in [list(contenders)] if side_by_side else [[name] for name in contenders]:
+        _time_group(machine, named, {name: (rows[name], contenders[name]) for name in names}, samples)
+        machine.release()
+    return list(rows.values())
+
+
+def _time_group(
+    machine: Machine, named: Sequence[NamedParameter], group: Mapping[str, tuple[StepRow, Contender]], samples: int
+) -> None:
+    samplers: dict[str, Sampler] = {}
+
+    def attempt(name: str, work: Callable[[], object]) -> None:
+        row, _ = group[name]
+        try:
+            work()
+        except Exception as error:  # whatever an optimizer, the compiler or the device raises is a row
+            row.error = one_line(error)
+        if row.error is not None:
+            samplers.pop(name, None)
+            machine.release()
+
+    def build(name: str) -> None:
+        samplers[name] = Sampler(machine, group[name][1].build(named))
+
+    for name in group:
+        attempt(name, lambda name=name: build(name))  # type: ignore[misc]
+    for _ in range(samples):
+        for name in list(samplers):
+            attempt(name, lambda name=name: group[name][0].device_samples_s.append(samplers[name].sample()))  # type: ignore[misc]
+    for name in list(samplers):
+        attempt(name, lambda name=name: _finish(machine, samplers[name], group[name][0], samples))  # type: ignore[misc]
+
+
+def _finish(machine: Machine, sampler: Sampler, row: StepRow, samples: int) -> None:
+    """Host time, memory, and what follows from the samples."""
+    row.steps_per_sample = sampler.steps
+    row.host_samples_s = host_sample(machine, sampler.step, samples)
+    row.peak_extra_bytes = machine.peak_bytes(sampler.step)
+    row.host_s, row.device_s = Spread.of(row.host_samples_s), Spread.of(row.device_samples_s)
+    row.bytes_per_s = row.bytes_per_parameter * row.parameters / row.device_s.median

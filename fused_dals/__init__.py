@@ -1,7 +1,8 @@
 """DALS, the optimizer of arXiv:2604.27295, for PyTorch: ``from fused_dals import DALS``."""
 
 from fused_dals.depth import infer_depths
-from fused_dals.optimizer import DALS, DALSAcc, DALSFast
+from fused_dals.optimizer import DALS
+from fused_dals.presets import DALSAcc, DALSFast
 
 __version__ = "0.1.0"
 

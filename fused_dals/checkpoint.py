@@ -9,18 +9,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fused_dals.gather import STATE_KEYS, empty_state, parameter_label
 from fused_dals.hyperparameters import COUNTERS, check_counters, check_hyperparameters
 
-if TYPE_CHECKING:
-    from fused_dals.optimizer import DALS
 
-
-def load_checkpoint(optimizer: DALS, state_dict: Mapping[str, Any]) -> dict[str, float]:
+def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, float]:
     """Put ``state_dict`` into ``optimizer``'s groups and state; returns the counters (step, loss_ema, loss_drop).
 
     Raises:

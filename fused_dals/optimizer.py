@@ -1,63 +1,28 @@
-"""DALS, DALSFast and DALSAcc: one torch.optim.Optimizer and two presets of it."""
+"""DALS, the torch.optim.Optimizer: groups, the step, and what a user calls."""
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import Unpack
 
 from fused_dals.checkpoint import load_checkpoint
 from fused_dals.depth_rule import DepthMap, DepthRule, check_depth_keys, check_rule
-from fused_dals.fingerprint import Fingerprint, take_fingerprint
+from fused_dals.fingerprint import take_fingerprint
 from fused_dals.foreach import dals_foreach_
 from fused_dals.fused import FusedPass, why_not_fused
 from fused_dals.gather import TensorBatch, create_missing_state, gather, parameter_label, parameter_names, unique_labels
-from fused_dals.hyperparameters import DALSOptions, check_group_keys, check_hyperparameters, plain
-from fused_dals.loss_signal import NO_LOSS_WARNING, LossSignal, watch
+from fused_dals.hyperparameters import check_group_keys, check_hyperparameters, plain
+from fused_dals.loss_signal import NO_LOSS_WARNING, watch
 from fused_dals.reference import dals_reference_, raw_blend
+from fused_dals.runtime import Runtime, Steady
 from fused_dals.schedule import schedule_factor
 from fused_dals.stats import TrustRatios, trust_ratios_by_label
 
 Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-
-
-@dataclass
-class _Steady:
-    """A fused pass that did the whole last step, and what it was prepared for."""
-
-    fused: FusedPass
-    fingerprint: Fingerprint
-
-
-@dataclass
-class _Runtime:
-    """What changes while training and is no hyperparameter; one object, because wrappers copy attributes."""
-
-    depths: DepthMap
-    step: int = 0
-    loss: LossSignal = field(default_factory=LossSignal)
-    trust_ratios: list[TrustRatios] = field(default_factory=list)
-    warned: set[str] = field(default_factory=set)
-    checked: dict[int, tuple[Any, ...]] = field(default_factory=dict)
-    fused: dict[torch.device, FusedPass] = field(default_factory=dict)
-    steady: _Steady | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tables of addresses are of no use to a copy: it builds its own at its first step.
-        return {**self.__dict__, "fused": {}, "steady": None}
-
-    def warn_once(self, kind: str, message: str) -> None:
-        if kind not in self.warned:
-            self.warned.add(kind)
-            warnings.warn(message, stacklevel=_stacklevel_of_caller())
 
 
 class DALS(torch.optim.Optimizer):
@@ -99,7 +64,8 @@ class DALS(torch.optim.Optimizer):
             depth. Values in [0, 1], 0 at the input. ``group["depth"]`` wins over all of them.
         maximize: ascend instead (False).
         foreach: False for the per-tensor reference path; None or True for torch._foreach.
-        fused: True is an error in this version, which has no fused kernels.
+        fused: True for the Triton kernels (CUDA or ROCm; float32, bfloat16 and float16 parameters); ``step`` raises an
+            error where they cannot serve a parameter. None and False do without them in this version.
 
     Every hyperparameter may be given per group, is read live from ``param_groups`` at each step and checked when it
     changed. State per parameter is ``grad_ema`` and ``momentum_buffer`` of its shape, in float32 for bfloat16 and
@@ -107,8 +73,8 @@ class DALS(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: an argument of wrong type or out of range, naming argument and group.
-        RuntimeError: foreach and fused both True, fused not available; at ``step``: a sparse or complex gradient,
-            naming the parameter. All before any weight or state is changed.
+        RuntimeError: foreach and fused both True; at ``step``: a sparse or complex gradient, or fused where the kernels
+            cannot run, naming the parameter. All before any weight or state is changed.
     """
 
     def __init__(
@@ -154,7 +120,7 @@ class DALS(torch.optim.Optimizer):
         if isinstance(params, nn.Module):
             params = list(params.named_parameters())
             names = [name for name, _ in params]
-        self._runtime = _Runtime(DepthMap(depth, where, names))
+        self._runtime = Runtime(DepthMap(depth, where, names))
         super().__init__(params, defaults)
         check_depth_keys(depth, self._runtime.depths.names, where)
 
@@ -297,7 +263,7 @@ class DALS(torch.optim.Optimizer):
         devices = {batch.params[0].device for batch in fused}
         fingerprint = take_fingerprint(self.param_groups, self.state) if len(devices) == 1 and not others else None
         if fingerprint is not None:
-            self._runtime.steady = _Steady(self._runtime.fused[devices.pop()], fingerprint)
+            self._runtime.steady = Steady(self._runtime.fused[devices.pop()], fingerprint)
 
     def _resume_fused(self) -> FusedPass | None:
         """The pass that did the last step, if nothing has changed since but the gradients' addresses."""
@@ -486,52 +452,9 @@ class DALS(torch.optim.Optimizer):
         return self._runtime.depths.of_group(index, self._labels(index), names, group.get("depth"))
 
 
-class DALSFast(DALS):
-    """DALS with the presets of DALS-Fast: lr 0.05, momentum 0.85, ema_decay (1, 0.6, 0.7), warmup_fraction 0.02.
-
-    Every argument of DALS, with its meaning; only these defaults differ (SPEC, "The three members of the family").
-    """
-
-    PRESET: ClassVar[DALSOptions] = {"momentum": 0.85, "ema_decay": (1.0, 0.6, 0.7), "warmup_fraction": 0.02}
-
-    def __init__(self, params: Params, lr: float | Tensor = 0.05, **options: Unpack[DALSOptions]) -> None:
-        merged: DALSOptions = {**self.PRESET, **options}
-        super().__init__(params, lr, **merged)
-
-
-class DALSAcc(DALS):
-    """DALS with the presets of DALS-Acc: weight_decay 5e-4, ema_decay (0.55, 0.7, 0.8), phase_thresholds (0.01, 0.001),
-    restart_steps 1000, restart_mult 2.
-
-    Every argument of DALS, with its meaning; only these defaults differ (SPEC, "The three members of the family").
-    The restarts are on by default: pass ``restart_steps=None`` to use ``total_steps`` or a torch scheduler alone.
-    """
-
-    PRESET: ClassVar[DALSOptions] = {
-        "weight_decay": 5e-4,
-        "ema_decay": (0.55, 0.7, 0.8),
-        "phase_thresholds": (0.01, 0.001),
-        "restart_steps": 1000,
-        "restart_mult": 2,
-    }
-
-    def __init__(self, params: Params, lr: float | Tensor = 0.03, **options: Unpack[DALSOptions]) -> None:
-        merged: DALSOptions = {**self.PRESET, **options}
-        super().__init__(params, lr, **merged)
-
-
 def _own_memory(value: Tensor) -> Tensor:
     """The tensor, or a copy where it is a view of a bucket, which a checkpoint of some tensors would drag along."""
     return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
-
-
-def _stacklevel_of_caller() -> int:
-    """The stacklevel at which a warning points to the line outside this package and torch that led here."""
-    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _drop_duplicates(param_group: dict[str, Any]) -> None:

@@ -1,0 +1,57 @@
+"""What changes while training and is no hyperparameter: one object for a whole optimizer."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fused_dals.depth_rule import DepthMap
+from fused_dals.fingerprint import Fingerprint
+from fused_dals.fused import FusedPass
+from fused_dals.loss_signal import LossSignal
+from fused_dals.stats import TrustRatios
+
+
+@dataclass
+class Steady:
+    """A fused pass that did the whole last step, and what it was prepared for."""
+
+    fused: FusedPass
+    fingerprint: Fingerprint
+
+
+@dataclass
+class Runtime:
+    """One object, because wrappers copy an optimizer's attributes: they then share it, and no counter runs apart."""
+
+    depths: DepthMap
+    step: int = 0
+    loss: LossSignal = field(default_factory=LossSignal)
+    trust_ratios: list[TrustRatios] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
+    checked: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    fused: dict[torch.device, FusedPass] = field(default_factory=dict)
+    steady: Steady | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables of addresses are of no use to a copy: it builds its own at its first step.
+        return {**self.__dict__, "fused": {}, "steady": None}
+
+    def warn_once(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(message, stacklevel=_stacklevel_of_caller())
+
+
+def _stacklevel_of_caller() -> int:
+    """The stacklevel at which a warning points to the line outside this package and torch that led here."""
+    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level

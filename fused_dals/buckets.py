@@ -1,9 +1,9 @@
 """Flattened layer buckets: what one launch of the fused pass works on, and the memory that belongs to it.
 
 A bucket serves the tensors of one device and one set of dtypes, whatever their groups. Parameters and gradients stay
-where the user put them and are reached through tables of addresses; state lies in flat, padded buffers. Nothing about a
-tensor is taken for granted from one step to the next: fingerprint.py compares, and the tables are written again when
-something changed.
+where the user put them and are reached through tables of addresses; state that the optimizer made itself lies in flat,
+padded buffers, loaded state where it was loaded to. Nothing about a tensor is taken for granted from one step to the
+next: fingerprint.py compares, and the tables are written again when something changed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Bucket:
             access, row_of_dims = _access(p, g, h, m), 0
             if access == layout.STRIDED:
                 row_of_dims = len(dims)
-                dims.append(_joined_dims(p, g, h))
+                dims.append(_dims_row(p, g, h))
             addresses = p.data_ptr(), h.data_ptr(), m.data_ptr()
             rows.append((*addresses, sizes[i], first_chunk, chunks[i], tensors.groups[i], access, row_of_dims))
             first_chunk += chunks[i]
@@ -155,11 +155,10 @@ def _access(p: Tensor, g: Tensor, h: Tensor, m: Tensor) -> int:
     return int(layout.WIDE if aligned else layout.NARROW)
 
 
-def _joined_dims(p: Tensor, g: Tensor, h: Tensor) -> list[int]:
-    """Sizes, parameter strides, gradient strides in the order of the state's memory, innermost first.
+def joined_dims(p: Tensor, g: Tensor, h: Tensor) -> list[tuple[int, int, int]]:
+    """(size, parameter stride, gradient stride) in the order of the state's memory, innermost first.
 
-    Neighbouring dimensions that are one run in both tensors are joined. Raises RuntimeError where more than MAX_DIMS
-    are left.
+    Neighbouring dimensions that are one run in both tensors are joined.
     """
     order = sorted((d for d in range(p.dim()) if p.shape[d] != 1), key=h.stride)
     joined: list[tuple[int, int, int]] = []
@@ -171,11 +170,14 @@ def _joined_dims(p: Tensor, g: Tensor, h: Tensor) -> list[int]:
                 joined[-1] = (last * size, p_last, g_last)
                 continue
         joined.append((size, p_stride, g_stride))
+    return joined
+
+
+def _dims_row(p: Tensor, g: Tensor, h: Tensor) -> list[int]:
+    """The same as a row of the table: all sizes, all parameter strides, all gradient strides."""
+    joined = joined_dims(p, g, h)
     if len(joined) > layout.MAX_DIMS:
-        raise RuntimeError(
-            f"a parameter of shape {tuple(p.shape)} and its gradient have strides that leave {len(joined)} dimensions, "
-            f"and the fused kernel follows at most {layout.MAX_DIMS}; use foreach=True for its group"
-        )
+        raise RuntimeError(f"{len(joined)} dimensions are left, and the kernel follows {layout.MAX_DIMS}")
     joined += [(1, 0, 0)] * (layout.MAX_DIMS - len(joined))
     return [value for column in zip(*joined, strict=True) for value in column]
 

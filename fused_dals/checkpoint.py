@@ -102,5 +102,5 @@ def _checked_state(
                     f"checkpoint: {key} of parameter {label!r} has shape {tuple(value.shape)}, "
                     f"the parameter {tuple(param.shape)}"
                 )
-        loaded[param] = dict(entry)  # state_dict() hands out the live dicts, which loading may write into
+        loaded[param] = dict(entry)  # torch's state_dict() hands out live dicts, which loading writes into
     return loaded

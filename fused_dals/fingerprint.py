@@ -32,6 +32,7 @@ class Fingerprint:
         #: Held, so that no other object can take over an id.
         self._state = list(chain.from_iterable(map(_state_tensors, state.values())))
         self._parts = (
+            [len(group["params"]) for group in groups],
             list(map(id, self.params)),
             [grad is None for grad in grads],
             list(map(_requires_grad, self.params)),

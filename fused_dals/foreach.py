@@ -1,4 +1,4 @@
-"""DALS on lists of tensors through ``torch._foreach_*``: the default wherever the fused kernels do not run.
+"""DALS on lists of tensors through ``torch._foreach_*``: the default.
 
 The same six lines as reference.py. One call per line serves all tensors of a group; nothing waits for the device,
 state is written in place, gradients are only read.

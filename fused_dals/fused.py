@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_dals.buckets import WIDE_BYTES, Bucket, tensors_of, to_device
+from fused_dals.buckets import WIDE_BYTES, Bucket, joined_dims, tensors_of, to_device
 from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
 from fused_dals.loss_signal import LossSignal
@@ -31,14 +33,27 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def why_not_fused(param: Tensor) -> str:
-    """What the kernels lack for this parameter; empty where they can serve it."""
-    if importlib.util.find_spec("triton") is None:
+@functools.cache
+def triton_is_installed() -> bool:
+    """Looked up once: a missing module takes 90 us to miss."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not_fused(param: Tensor, grad: Tensor) -> str:
+    """What the kernels lack for this parameter and its gradient; empty where they can serve them."""
+    if not triton_is_installed():
         return "Triton is not installed (pip install triton; it exists for Linux with a GPU)"
     if param.device.type != "cuda" and not (interpreted() and param.device.type == "cpu"):
         return f"it is on {param.device}, and the kernels run on CUDA and ROCm devices"
     if param.dtype not in FUSED_DTYPES:
         return f"it is {param.dtype}, and the kernels serve float32, bfloat16 and float16"
+    if param.dim() > layout.MAX_DIMS:
+        left = len(joined_dims(param, grad, torch.empty_like(param, device="meta")))
+        if left > layout.MAX_DIMS:
+            return (
+                f"its strides and those of its gradient leave {left} of its {param.dim()} dimensions, and the kernels "
+                f"follow at most {layout.MAX_DIMS}; use foreach=True for its group"
+            )
     return ""
 
 
@@ -136,6 +151,11 @@ class FusedPass:
 
     def run(self, groups: Sequence[Mapping[str, Any]], completed_steps: int, loss: LossSignal) -> list[TrustRatios]:
         """Launch what was prepared, and move the phase."""
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._run(groups, completed_steps, loss)
+
+    def _run(self, groups: Sequence[Mapping[str, Any]], completed_steps: int, loss: LossSignal) -> list[TrustRatios]:
         self._launch_prologue(groups, completed_steps, loss)
         measured = []
         for launch in self.launches:
@@ -161,11 +181,11 @@ class FusedPass:
     def _launch_prologue(self, groups: Sequence[Mapping[str, Any]], completed_steps: int, loss: LossSignal) -> None:
         from fused_dals.kernels.prologue import prologue
 
-        total, count = loss.take(self.device)
         self._refresh_scalars(groups)
         if completed_steps != self._step:
             self.device_step = torch.full((1,), completed_steps, dtype=torch.int64, device=self.device)
         self._step = completed_steps + 1
+        total, count = loss.take(self.device)
         prologue[(1,)](
             self.group_table,
             self.lr_addresses,

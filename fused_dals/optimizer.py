@@ -235,13 +235,14 @@ class DALS(torch.optim.Optimizer):
     def _runs_fused(self, batch: TensorBatch) -> bool:
         """Whether the kernels take this batch; an error where its group demands it and they cannot."""
         group = self.param_groups[batch.group_index]
-        if group["fused"] is False or group["foreach"] is not None:
+        if not group["fused"]:
             return False
-        reason = why_not_fused(batch.params[0])
-        if reason and group["fused"]:
-            label = parameter_label(group, batch.group_index, batch.positions[0])
-            raise RuntimeError(f"group {batch.group_index}: fused=True cannot step parameter {label!r}: {reason}")
-        return not reason and bool(group["fused"])
+        for param, grad, position in zip(batch.params, batch.grads, batch.positions, strict=True):
+            reason = why_not_fused(param, grad)
+            if reason:
+                label = parameter_label(group, batch.group_index, position)
+                raise RuntimeError(f"group {batch.group_index}: fused=True cannot step parameter {label!r}: {reason}")
+        return True
 
     def _step_fused(self, batches: list[TensorBatch]) -> list[TrustRatios]:
         """Run these batches through the kernels, device by device."""
@@ -344,7 +345,7 @@ class DALS(torch.optim.Optimizer):
             lr = group["lr"]
             if isinstance(lr, Tensor):
                 lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else id(lr)
-            values += (group.get("depth"), group.get("param_names"), lr)
+            values += (group.get("depth"), tuple(group.get("param_names") or ()), lr)  # names may change in place
             before = self._runtime.checked.get(index, ())
             try:
                 unchanged = bool(before == values)
@@ -452,8 +453,10 @@ class DALS(torch.optim.Optimizer):
         return self._runtime.depths.of_group(index, self._labels(index), names, group.get("depth"))
 
 
-def _own_memory(value: Tensor) -> Tensor:
+def _own_memory(value: Any) -> Any:
     """The tensor, or a copy where it is a view of a bucket, which a checkpoint of some tensors would drag along."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return value
     return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
 
 

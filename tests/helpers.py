@@ -111,7 +111,8 @@ class Errors:
     trust_ratio: float = 0.0
 
     def worst(self) -> float:
-        return max(self.param, self.grad_ema, self.momentum_buffer, self.trust_ratio)
+        """Of the three tensors. The ratio is judged apart: where b g + (1 - b) h cancels, ||u|| has few good digits."""
+        return max(self.param, self.grad_ema, self.momentum_buffer)
 
 
 def follow_oracle(

@@ -203,6 +203,14 @@ def test_load_hooks_run_and_may_replace_the_dict(seed: int) -> None:
     assert calls == ["pre", "post"] and optimizer.param_groups[0]["momentum"] == 0.25
 
 
+def test_foreign_state_entries_do_not_break_saving(seed: int) -> None:
+    model = ConvNet()
+    optimizer = DALS(model)
+    train_step(model, optimizer, batch(torch.float32))
+    optimizer.state[model.scale]["note"] = "mine"
+    assert optimizer.state_dict()["state"][0]["note"] == "mine"
+
+
 def test_state_appears_and_vanishes_with_the_checkpoint(seed: int) -> None:
     model = ConvNet()
     optimizer = DALS(model)

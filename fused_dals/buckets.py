@@ -18,9 +18,7 @@ from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
 from fused_dals.worklist import packed_work_list
 
-#: Elements of a chunk, the unit of work. A power of two; 4096 float32 elements of 8 warps are 16 a thread, four 16-byte
-#: loads per tensor. Waits for a measurement.
-CHUNK = 4096
+CHUNK: int = layout.CHUNK
 
 #: Bytes between stages A and B of a tensor, as a share of the L2 cache. Waits for a measurement.
 WINDOW_SHARE_OF_L2 = 0.5

@@ -22,7 +22,7 @@ from fused_dals.stats import TrustRatios
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-NUM_WARPS = 8
+NUM_WARPS: int = layout.NUM_WARPS
 
 #: Resident programs per multiprocessor that the registers of the kernel allow with 8 warps (128 x 256 x 2 = 65536).
 PROGRAMS_PER_SM = 2

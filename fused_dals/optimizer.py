@@ -205,7 +205,10 @@ class DALS(torch.optim.Optimizer):
         self._check_live_groups()
         steady = self._resume_fused()
         batches = [] if steady else gather(self.param_groups, self.state)
-        fused = [batch for batch in batches if self._runs_fused(batch)]
+        fused: list[TensorBatch] = []
+        others: list[TensorBatch] = []
+        for batch in batches:
+            (fused if self._runs_fused(batch) else others).append(batch)
         for observed in (returned, loss):
             if observed is not None:
                 self.observe_loss(observed)
@@ -223,7 +226,6 @@ class DALS(torch.optim.Optimizer):
         else:
             runtime.trust_ratios = self._step_fused(fused)
             runtime.loss.commit(batches[0].params[0].device if batches else runtime.loss.loss_ema.device)
-            others = [batch for batch in batches if not any(batch is one for one in fused)]
             runtime.trust_ratios += [
                 TrustRatios(batch.group_index, batch.positions, self._step_batch(batch)) for batch in others
             ]
@@ -253,7 +255,7 @@ class DALS(torch.optim.Optimizer):
                 [batch for batch in batches if batch.params[0].device == device],
                 self.param_groups,
                 self.state,
-                [[raw_blend(depth) for depth in self._depths(index)] for index in range(len(self.param_groups))],
+                [self._raw_blends(index) for index in range(len(self.param_groups))],
                 self._runtime.step,
                 self._runtime.loss,
             )
@@ -287,7 +289,7 @@ class DALS(torch.optim.Optimizer):
         group = self.param_groups[batch.group_index]
         device = batch.params[0].device
         ema_decay, bypass = self._ema_decay(group, device)
-        blends = [raw_blend(depth) for depth in self._depths(batch.group_index)]
+        blends = self._raw_blends(batch.group_index)
         tensors = (
             batch.params,
             batch.grads,
@@ -440,6 +442,9 @@ class DALS(torch.optim.Optimizer):
         if names is not None:
             return list(names)
         return [parameter_label(group, index, position) for position in range(len(group["params"]))]
+
+    def _raw_blends(self, index: int) -> list[float]:
+        return [raw_blend(depth) for depth in self._depths(index)]
 
     def _depths(self, index: int) -> list[float]:
         group = self.param_groups[index]

@@ -38,6 +38,10 @@ SCALAR_COLUMNS = (
     "ETA", "SIGN",
 )  # fmt: skip
 
+#: Elements of a chunk, the unit of work, and warps of a program: 4096 float32 elements of 8 warps are 16 a thread, four
+#: 16-byte loads per tensor. Waits for a measurement.
+CHUNK, NUM_WARPS = 4096, 8
+
 #: Work items are packed into 64 bits: stage in bit 0, chunk in bits 1 to 31, tensor above.
 CHUNK_BITS = 31
 CHUNK_MASK = (1 << CHUNK_BITS) - 1

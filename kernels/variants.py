@@ -8,9 +8,8 @@ from typing import Any
 import triton.language as tl
 
 from fused_dals.kernels.fused_pass import fused_pass
+from fused_dals.kernels.layout import CHUNK, NUM_WARPS
 from fused_dals.kernels.prologue import prologue
-
-CHUNK, NUM_WARPS = 4096, 8
 
 PASS_SIGNATURE = {
     "tensors": "*i64", "grads": "*i64", "dims": "*i64", "blends": "*fp32", "scalars": "*fp32", "items": "*i64",

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_dals.gather import TensorBatch
+from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.kernels import layout
+from fused_dals.rounding import place_key
 from fused_dals.worklist import packed_work_list
 
 CHUNK: int = layout.CHUNK
@@ -39,8 +40,10 @@ class FusedTensors:
     grads: list[Tensor]
     grad_emas: list[Tensor]
     momentum_buffers: list[Tensor]
+    compensations: list[Tensor]  # empty where parameters have none
     groups: list[int]
     blends: list[float]
+    rounding_keys: list[int]
 
 
 class Bucket:
@@ -63,14 +66,16 @@ class Bucket:
         rows: list[tuple[int, ...]] = []
         dims: list[list[int]] = []
         first_chunk = 0
+        c_addresses = [c.data_ptr() for c in tensors.compensations] or [0] * len(sizes)
         quadruples = zip(tensors.params, tensors.grads, tensors.grad_emas, tensors.momentum_buffers, strict=True)
         for i, (p, g, h, m) in enumerate(quadruples):
-            access, row_of_dims = _access(p, g, h, m), 0
+            access, row_of_dims = _access(p, g, h, m, c_addresses[i]), 0
             if access == layout.STRIDED:
                 row_of_dims = len(dims)
                 dims.append(_dims_row(p, g, h))
-            addresses = p.data_ptr(), h.data_ptr(), m.data_ptr()
-            rows.append((*addresses, sizes[i], first_chunk, chunks[i], tensors.groups[i], access, row_of_dims))
+            addresses = p.data_ptr(), h.data_ptr(), m.data_ptr(), c_addresses[i]
+            plan = sizes[i], first_chunk, chunks[i], tensors.groups[i], access, row_of_dims
+            rows.append((*addresses, *plan, tensors.rounding_keys[i]))
             first_chunk += chunks[i]
         if sizes != self.sizes:
             self._plan(sizes, chunks, tensors)
@@ -101,6 +106,13 @@ class Bucket:
         self.grads = torch.empty(len(sizes), dtype=torch.int64, device=self.device)
         # A tensor without elements has no chunk that would write its ratio.
         self.ratios = torch.ones(len(sizes), dtype=torch.float32, device=self.device)
+        self._scan_items: Tensor | None = None
+
+    def scan_items(self) -> Tensor:
+        """Every chunk once, packed as in the work list, in its order; made when first asked for."""
+        if self._scan_items is None:
+            self._scan_items = self.items[: self.item_count][(self.items[: self.item_count] & 1) == 0]
+        return self._scan_items
 
     @property
     def sync_count(self) -> int:
@@ -129,18 +141,22 @@ def tensors_of(
     batches: Iterable[TensorBatch], state: Mapping[Tensor, Mapping[str, Tensor]], blends: Sequence[Sequence[float]]
 ) -> FusedTensors:
     """The batches of one bucket, one after the other; ``blends[g]`` has a raw blend per parameter of group g."""
-    found = FusedTensors([], [], [], [], [], [])
+    found = FusedTensors([], [], [], [], [], [], [], [])
     for batch in batches:
+        entries = [state[param] for param in batch.params]
         found.params += batch.params
         found.grads += batch.grads
-        found.grad_emas += [state[param]["grad_ema"] for param in batch.params]
-        found.momentum_buffers += [state[param]["momentum_buffer"] for param in batch.params]
+        found.grad_emas += [entry["grad_ema"] for entry in entries]
+        found.momentum_buffers += [entry["momentum_buffer"] for entry in entries]
+        found.compensations += [entry[COMPENSATION_KEY] for entry in entries if COMPENSATION_KEY in entry]
         found.groups += [batch.group_index] * len(batch.params)
         found.blends += [blends[batch.group_index][position] for position in batch.positions]
+        rounded = found.grad_emas and found.grad_emas[0].dtype == torch.bfloat16
+        found.rounding_keys += [place_key(batch.group_index, i) if rounded else 0 for i in batch.positions]
     return found
 
 
-def _access(p: Tensor, g: Tensor, h: Tensor, m: Tensor) -> int:
+def _access(p: Tensor, g: Tensor, h: Tensor, m: Tensor, c_address: int) -> int:
     """How the kernel may reach a tensor; state is dense by construction."""
     if p.stride() != h.stride() or g.stride() != h.stride():
         same = all(
@@ -149,7 +165,7 @@ def _access(p: Tensor, g: Tensor, h: Tensor, m: Tensor) -> int:
         )
         if not same and p.numel() > 0:
             return int(layout.STRIDED)
-    aligned = all(t.data_ptr() % WIDE_BYTES == 0 for t in (p, g, h, m))
+    aligned = c_address % WIDE_BYTES == 0 and all(t.data_ptr() % WIDE_BYTES == 0 for t in (p, g, h, m))
     return int(layout.WIDE if aligned else layout.NARROW)
 
 

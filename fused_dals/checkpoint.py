@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fused_dals.gather import STATE_KEYS, empty_state, parameter_label
+from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, empty_state, parameter_label, state_dtypes
 from fused_dals.hyperparameters import COUNTERS, check_counters, check_hyperparameters
 
 
@@ -27,22 +28,29 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
     """
     groups = optimizer.param_groups
     saved_groups = _checked_groups(groups, state_dict)
-    loaded = _checked_state(groups, saved_groups, state_dict["state"])
+    dtypes: dict[Tensor, dict[str, torch.dtype]] = {}
+    loaded = _checked_state(groups, saved_groups, state_dict["state"], dtypes)
 
     for param in [param for param in optimizer.state if param not in loaded]:
         del optimizer.state[param]
     for param, saved in loaded.items():
         current = optimizer.state[param]
-        for key in STATE_KEYS:
-            fresh = empty_state(param)
+        for key, dtype in dtypes[param].items():
             have = current.get(key)
-            if have is None or (have.shape, have.device, have.dtype) != (fresh.shape, fresh.device, fresh.dtype):
-                current[key] = fresh
+            if have is None or (have.shape, have.device, have.dtype) != (param.shape, param.device, dtype):
+                current[key] = empty_state(param, dtype)
             current[key].copy_(saved[key])
+        for key in [key for key in (*STATE_KEYS, COMPENSATION_KEY) if key in current and key not in dtypes[param]]:
+            del current[key]
     for group, saved_group in zip(groups, saved_groups, strict=True):
         # The parameters and their names are this optimizer's; all other values are the checkpoint's.
         group.update({key: value for key, value in saved_group.items() if key not in ("params", "param_names")})
     return {key: saved_groups[0][key] for key in COUNTERS}
+
+
+def _converts(have: torch.dtype, wanted: torch.dtype) -> bool:
+    """A float may come in another float's dtype; a compensation is bits."""
+    return have.is_floating_point and wanted.is_floating_point
 
 
 def _checked_groups(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -72,9 +80,12 @@ def _checked_groups(groups: list[dict[str, Any]], state_dict: Mapping[str, Any])
 
 
 def _checked_state(
-    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], saved_state: Mapping[Any, Any]
+    groups: list[dict[str, Any]],
+    saved_groups: list[dict[str, Any]],
+    saved_state: Mapping[Any, Any],
+    dtypes: dict[Tensor, dict[str, torch.dtype]],
 ) -> dict[Tensor, Mapping[str, Tensor]]:
-    """The saved state by parameter."""
+    """The saved state by parameter; ``dtypes`` receives what each is to be stored in, by the checkpoint's groups."""
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
     saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))
     place_of = dict(zip(saved_ids, places, strict=True))
@@ -87,16 +98,18 @@ def _checked_state(
         label = parameter_label(groups[group_index], group_index, position)
         if not entry:
             continue
-        if set(entry) != set(STATE_KEYS):
+        dtypes[param] = state_dtypes(param, saved_groups[group_index])
+        if set(entry) != set(dtypes[param]):
             raise ValueError(
                 f"checkpoint: state of parameter {label!r} has entries {sorted(map(str, entry))}, expected "
-                f"{sorted(STATE_KEYS)}; was it written by another optimizer?"
+                f"{sorted(dtypes[param])}; was it written by another optimizer, or for parameters of another dtype?"
             )
-        for key in STATE_KEYS:
+        for key, dtype in dtypes[param].items():
             value = entry[key]
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"checkpoint: {key} of parameter {label!r} must be a floating tensor, got {kind}")
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            if not isinstance(value, Tensor) or (value.dtype != dtype and not _converts(value.dtype, dtype)):
+                wanted = "floating" if dtype.is_floating_point else str(dtype)
+                raise TypeError(f"checkpoint: {key} of parameter {label!r} must be a {wanted} tensor, got {kind}")
             if value.shape != param.shape:
                 raise ValueError(
                     f"checkpoint: {key} of parameter {label!r} has shape {tuple(value.shape)}, "

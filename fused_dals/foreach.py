@@ -6,13 +6,15 @@ state is written in place, gradients are only read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_dals.reference import compute_dtype, trust_ratio
+from fused_dals.rounding import as_stored, halves, join, split
 
 TensorList: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
@@ -33,55 +35,75 @@ def dals_foreach_(
     trust_clip: tuple[float, float],
     momentum: float,
     lr: float | Tensor,
-    maximize: bool,
+    grad_factor: float | Tensor = 1.0,
+    compensations: TensorList | None = None,
+    rounding_bits: TensorList | None = None,
 ) -> Tensor:
     """One step of n tensors on one device, each list of one dtype; returns their trust ratios, shape [n].
 
-    Arguments as in ``dals_reference_``. Peak extra memory is one update (u) of the state's dtype, and a second
-    one where ema_decay is a device tensor.
+    Arguments as in ``dals_reference_``. Peak extra memory is one update (u) of the state's dtype, a second one where
+    ema_decay is a device tensor, a third where the gradients have a factor, and float32 copies of what is narrower.
     """
     dtype = compute_dtype(params[0].dtype)
-    g = _in_dtype(grads, dtype)
-    if maximize:
-        g = torch._foreach_neg(g)
+    weights = params if compensations is None else list(map(join, params, compensations))
+    g, h, m = _in_dtype(grads, dtype), _in_dtype(grad_emas, dtype), _in_dtype(momentum_buffers, dtype)
+    h_bits, m_bits = zip(*map(halves, rounding_bits or repeat(None, len(params))), strict=True)
+    if isinstance(grad_factor, Tensor):
+        g = torch._foreach_mul(g, grad_factor.to(dtype))
+    elif grad_factor != 1:
+        g = torch._foreach_mul(g, grad_factor)
 
     # h <- alpha h + (1 - alpha) g
     if isinstance(ema_decay, Tensor):
-        torch._foreach_mul_(grad_emas, ema_decay.to(dtype))
-        torch._foreach_add_(grad_emas, torch._foreach_mul(g, (1 - ema_decay).to(dtype)))
+        torch._foreach_mul_(h, ema_decay.to(dtype))
+        torch._foreach_add_(h, torch._foreach_mul(g, (1 - ema_decay).to(dtype)))
     elif not bypass:
-        torch._foreach_lerp_(grad_emas, g, 1 - ema_decay)
+        torch._foreach_lerp_(h, g, 1 - ema_decay)
 
     # u <- b g + (1 - b) h, and u <- g where the filter is bypassed
     u: TensorList
     if isinstance(bypass, Tensor):
-        u = torch._foreach_sub(grad_emas, g)
+        u = torch._foreach_sub(h, g)
         torch._foreach_mul_(u, [1 - b for b in raw_blends])
         torch._foreach_mul_(u, (~bypass).to(dtype))
         torch._foreach_add_(u, g)
     elif bypass:
         u = g
     else:
-        u = torch._foreach_lerp(grad_emas, g, raw_blends)
+        u = torch._foreach_lerp(h, g, raw_blends)
+    if h is not grad_emas:
+        _write(grad_emas, map(as_stored, h, grad_emas, h_bits))
 
     # u <- u + lambda p; out of place where u may be the user's own gradient
     if weight_decay != 0:
-        p = _in_dtype(params, dtype)
+        p = _in_dtype(weights, dtype)
         if bypass is True:
             u = torch._foreach_add(u, p, alpha=weight_decay)
         else:
             torch._foreach_add_(u, p, alpha=weight_decay)
 
     # r <- clamp(gamma ||p|| / ||u||)
-    r = trust_ratio(_norms(params, dtype), _norms(u, dtype), trust_coefficient, trust_clip).to(dtype)
+    r = trust_ratio(norms(weights, dtype), norms(u, dtype), trust_coefficient, trust_clip).to(dtype)
 
     # m <- mu m + u
-    torch._foreach_mul_(momentum_buffers, momentum)
-    torch._foreach_add_(momentum_buffers, u)
+    torch._foreach_mul_(m, momentum)
+    torch._foreach_add_(m, u)
+    if m is not momentum_buffers:
+        _write(momentum_buffers, map(as_stored, m, momentum_buffers, m_bits))
+        m = _in_dtype(momentum_buffers, dtype)  # p follows the buffer as it is stored
 
     # p <- p - eta r m: computed in the state's dtype and rounded once to the parameter's
-    torch._foreach_addcmul_(params, momentum_buffers, (-lr * r).unbind())
+    torch._foreach_addcmul_(weights, m, (-lr * r).unbind())
+    if compensations is not None:
+        upper, lower = zip(*map(split, weights), strict=True)
+        _write(params, upper)
+        _write(compensations, lower)
     return r
+
+
+def _write(targets: TensorList, values: Iterable[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 def _in_dtype(tensors: TensorList, dtype: torch.dtype) -> TensorList:
@@ -93,7 +115,7 @@ def _in_dtype(tensors: TensorList, dtype: torch.dtype) -> TensorList:
     return copies
 
 
-def _norms(tensors: TensorList, dtype: torch.dtype) -> Tensor:
+def norms(tensors: TensorList, dtype: torch.dtype) -> Tensor:
     """L2 norms, shape [n].
 
     On the CPU torch sums a float32 norm in a few long chains: relative error 4e-5 over 2 million random elements, 7e-3
@@ -106,12 +128,12 @@ def _norms(tensors: TensorList, dtype: torch.dtype) -> Tensor:
     counts = torch.tensor([len(of_tensor) for of_tensor in pieces])
     of_pieces = torch._foreach_norm([piece for of_tensor in pieces for piece in of_tensor], 2, dtype=dtype)
     squares = torch.stack(of_pieces).double().square()
-    norms = torch.segment_reduce(squares, "sum", lengths=counts).sqrt()
-    extreme = torch.nonzero((norms == 0) | norms.isinf()).flatten().tolist()
+    found = torch.segment_reduce(squares, "sum", lengths=counts).sqrt()
+    extreme = torch.nonzero((found == 0) | found.isinf()).flatten().tolist()
     if extreme:  # zero tensors, and those whose squares leave the range of float32
         again = torch._foreach_norm([tensors[i] for i in extreme], 2, dtype=torch.float64)
-        norms[extreme] = torch.stack(again)
-    return norms
+        found[extreme] = torch.stack(again)
+    return found
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -14,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_dals.buckets import WIDE_BYTES, Bucket, joined_dims, tensors_of, to_device
-from fused_dals.gather import TensorBatch
+from fused_dals.buckets import WIDE_BYTES, Bucket, joined_dims, tensors_of
+from fused_dals.capture import BakedTable, is_capturing
+from fused_dals.gather import COMPENSATION_KEY, TensorBatch
+from fused_dals.group_table import GroupTable
 from fused_dals.kernels import layout
-from fused_dals.loss_signal import LossSignal
+from fused_dals.run_state import StepInputs
 from fused_dals.stats import TrustRatios
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,14 +58,19 @@ def why_not_fused(param: Tensor, grad: Tensor) -> str:
     return ""
 
 
+#: What parts parameters into launches: dtypes of parameter, gradient and state, and whether there is a compensation.
+BucketKey = tuple[torch.dtype, torch.dtype, torch.dtype, bool]
+
+
 @dataclass
 class Launch:
-    """One launch of the pass: a bucket, its dtypes, its tensors and where they stand in the groups."""
+    """One launch of the pass: a bucket, what its tensors have in common, and where they stand in the groups."""
 
     bucket: Bucket
-    dtypes: tuple[torch.dtype, ...]
+    key: BucketKey
     params: list[Tensor]
     members: list[tuple[int, list[int]]]
+    baked: list[BakedTable]  # the gradients' addresses in captured graphs, which outlive the capture
 
     def trust_ratios(self) -> list[TrustRatios]:
         """Views of the ratios that the launch leaves on the device; the next one writes them anew."""
@@ -81,19 +87,22 @@ class FusedPass:
     def __init__(self, device: torch.device, window: int | None = None, stage_a_writes: bool | None = None) -> None:
         """``window`` in chunks, chosen from the device where None; ``stage_a_writes``: h and m are written in stage A.
 
-        Stage A writing h and m moves fewer bytes; stage A only reading leaves a step droppable. None chooses the first,
-        except on AMD, where Triton's barrier before the arrival does not wait for the other waves' stores to memory.
+        Stage A writing h and m moves fewer bytes (36 against 40 per float32 parameter, where B finds nothing in the
+        cache). None chooses it, except on AMD, where Triton's barrier before the arrival does not wait for the other
+        waves' stores to memory.
         """
         self.device = device
         self.window = window
         self.stage_a_writes = torch.version.hip is None if stage_a_writes is None else stage_a_writes
-        self.buckets: dict[tuple[torch.dtype, ...], Bucket] = {}
+        self.group_table = GroupTable(device)
+        self.buckets: dict[BucketKey, Bucket] = {}
         self.launches: list[Launch] = []
         self.preparations = 0  # how often the tables were written in full
-        self._group_rows: list[tuple[float, ...]] = []
-        self._lr_addresses: list[int] = []
-        self._step = -1  # what the device's counter stands at
         self._grad_addresses: list[int] = []
+        self._seed = torch.zeros(1, dtype=torch.int32, device=device)
+        self._zero = torch.zeros(1, dtype=torch.float32, device=device)
+        self._one = torch.ones(1, dtype=torch.float32, device=device)
+        self._no_scan = torch.zeros(1, 2, dtype=torch.float64, device=device)
 
     def prepare(
         self,
@@ -105,24 +114,25 @@ class FusedPass:
 
         The tables hold addresses: the caller keeps parameters, gradients and state alive until the step has run.
         """
-        by_dtypes: dict[tuple[torch.dtype, ...], list[TensorBatch]] = {}
+        by_key: dict[BucketKey, list[TensorBatch]] = {}
         for batch in batches:
-            dtypes: tuple[torch.dtype, ...]
-            dtypes = (batch.params[0].dtype, batch.grads[0].dtype, state[batch.params[0]]["grad_ema"].dtype)
-            by_dtypes.setdefault(dtypes, []).append(batch)
+            param, entry = batch.params[0], state[batch.params[0]]
+            key = param.dtype, batch.grads[0].dtype, entry["grad_ema"].dtype, COMPENSATION_KEY in entry
+            by_key.setdefault(key, []).append(batch)
         self.launches = []
         self.preparations += 1
-        for dtypes, members in by_dtypes.items():
-            if dtypes not in self.buckets:
-                self.buckets[dtypes] = Bucket(self.device, window=self.window)
+        for key, members in by_key.items():
+            if key not in self.buckets:
+                self.buckets[key] = Bucket(self.device, window=self.window)
             tensors = tensors_of(members, state, blends)
-            self.buckets[dtypes].refresh(tensors)
+            self.buckets[key].refresh(tensors)
             places = [(batch.group_index, batch.positions) for batch in members]
-            self.launches.append(Launch(self.buckets[dtypes], dtypes, tensors.params, places))
+            self.launches.append(Launch(self.buckets[key], key, tensors.params, places, []))
         counts = [launch.bucket.sync_count for launch in self.launches]
         self.sync = torch.empty(sum(counts), dtype=torch.int32, device=self.device)
         for launch, sync in zip(self.launches, self.sync.split(counts), strict=True):
             launch.bucket.use_sync(sync)
+        self._scan_rows: Tensor | None = None
         in_order = sorted(
             (batch.group_index, position, grad.data_ptr())
             for batch in batches
@@ -138,132 +148,134 @@ class FusedPass:
     def follow_grads(self, addresses: list[int]) -> bool:
         """Point the tables to gradients at new addresses, in the order of the groups; False if that needs prepare().
 
-        It does where a gradient is aligned otherwise than before, which decides how the kernel may read it.
+        It does where a gradient is aligned otherwise than before, which decides how the kernel may read it. A step that
+        is being captured gets tables of its own, so that neither its replays nor other steps disturb each other.
         """
-        if addresses == self._grad_addresses:
+        capturing = is_capturing(self.device)
+        if addresses == self._grad_addresses and not capturing:
             return True
         if any((new ^ old) % WIDE_BYTES for new, old in zip(addresses, self._grad_addresses, strict=True)):
             return False
         for launch, places in zip(self.launches, self._grad_places, strict=True):
-            launch.bucket.refresh_grads([addresses[place] for place in places])
-        self._grad_addresses = addresses
+            in_order = [addresses[place] for place in places]
+            if capturing:
+                launch.baked.append(BakedTable(len(in_order), self.device))
+                launch.baked[-1].write(in_order)
+            else:
+                launch.bucket.refresh_grads(in_order)
+        if not capturing:
+            self._grad_addresses = addresses
         return True
 
-    def run(self, groups: Sequence[Mapping[str, Any]], completed_steps: int, loss: LossSignal) -> list[TrustRatios]:
-        """Launch what was prepared, and move the phase."""
-        # Triton launches on the current device, whatever device its arguments are on.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return self._run(groups, completed_steps, loss)
+    def scan(self) -> Tensor:
+        """Sums of squares and counts of non-finite elements of all gradients, float64 [rows, 2]; one launch a bucket.
 
-    def _run(self, groups: Sequence[Mapping[str, Any]], completed_steps: int, loss: LossSignal) -> list[TrustRatios]:
-        self._launch_prologue(groups, completed_steps, loss)
-        measured = []
-        for launch in self.launches:
-            self._launch_pass(launch.bucket, launch.dtypes)
-            # Autograd must notice the writes that it cannot see.
-            torch.autograd.graph.increment_version(launch.params)
-            measured += launch.trust_ratios()
+        The rows are memory that the next scan writes again.
+        """
+        from fused_dals.kernels.grad_scan import grad_scan
+
+        programs = self._programs()
+        if self._scan_rows is None:
+            self._scan_rows = torch.empty(len(self.launches) * programs, 2, dtype=torch.float64, device=self.device)
+        with self._current_device():
+            for launch, rows in zip(self.launches, self._scan_rows.split(programs), strict=True):
+                bucket = launch.bucket
+                items = bucket.scan_items()
+                grad_scan[(programs,)](
+                    bucket.tensors,
+                    self._grads_of(launch),
+                    bucket.dims,
+                    items,
+                    rows,
+                    items.numel(),
+                    GRAD_TYPE=_triton_dtype(launch.key[1]),
+                    CHUNK=bucket.chunk,
+                    num_warps=NUM_WARPS,
+                )
+        return self._scan_rows
+
+    def run(self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: int) -> list[TrustRatios]:
+        """Launch what was prepared, and move ``inputs.values``, which are on this device.
+
+        ``groups_version`` is the same as long as nothing in ``groups`` changed.
+        """
+        with self._current_device():
+            self._launch_prologue(inputs, groups, groups_version)
+            measured = []
+            for launch in self.launches:
+                self._launch_pass(launch, unscale=inputs.grad_scale is not None)
+                # Autograd must notice the writes that it cannot see.
+                torch.autograd.graph.increment_version(launch.params)
+                measured += launch.trust_ratios()
         return measured
 
-    def step(
-        self,
-        batches: Sequence[TensorBatch],
-        groups: Sequence[Mapping[str, Any]],
-        state: Mapping[Tensor, Mapping[str, Tensor]],
-        blends: Sequence[Sequence[float]],
-        completed_steps: int,
-        loss: LossSignal,
-    ) -> list[TrustRatios]:
-        """Prepare and run."""
-        self.prepare(batches, state, blends)
-        return self.run(groups, completed_steps, loss)
+    def _current_device(self) -> Any:
+        # Triton launches on the current device, whatever device its arguments are on.
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _launch_prologue(self, groups: Sequence[Mapping[str, Any]], completed_steps: int, loss: LossSignal) -> None:
+    def _launch_prologue(self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: int) -> None:
         from fused_dals.kernels.prologue import prologue
 
-        self._refresh_scalars(groups)
-        if completed_steps != self._step:
-            self.device_step = torch.full((1,), completed_steps, dtype=torch.int64, device=self.device)
-        self._step = completed_steps + 1
-        total, count = loss.take(self.device)
+        self.group_table.refresh(groups, groups_version)
+        scan = self._no_scan if inputs.scan is None else inputs.scan
         prologue[(1,)](
-            self.group_table,
-            self.lr_addresses,
-            self.scalars,
-            self.device_step,
-            loss.loss_ema,
-            loss.loss_drop,
-            loss.loss_ema if total is None else total,
-            float(count),
+            self.group_table.rows,
+            self.group_table.addresses,
+            self.group_table.scalars,
+            self._seed,
+            inputs.values,
+            inputs.values if inputs.loss_sum is None else inputs.loss_sum,
+            float(inputs.loss_count),
+            self._zero if inputs.found_inf is None else inputs.found_inf.to(torch.float32),
+            self._one if inputs.grad_scale is None else inputs.grad_scale.to(torch.float32),
+            scan,
+            0 if inputs.scan is None else scan.shape[0],
+            float(inputs.skip_nonfinite),
             len(groups),
             self.sync,
             self.sync.numel(),
             num_warps=4,
         )
 
-    def _refresh_scalars(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        rows, addresses = [], []
-        for group in groups:
-            lr, source, address = group["lr"], 0, 0
-            if isinstance(lr, Tensor) and lr.device == self.device and lr.dtype in (torch.float32, torch.float64):
-                source, address, lr = (1 if lr.dtype == torch.float32 else 2), lr.data_ptr(), 0.0
-            total_steps = group["total_steps"] or 0
-            rows.append(
-                (
-                    float(lr),
-                    source,
-                    group["momentum"],
-                    group["weight_decay"],
-                    group["trust_coefficient"],
-                    *group["trust_clip"],
-                    *group["ema_decay"],
-                    *group["phase_thresholds"],
-                    total_steps,
-                    math.floor(group["warmup_fraction"] * total_steps),
-                    group["restart_steps"] or 0,
-                    group["restart_mult"],
-                    -1.0 if group["maximize"] else 1.0,
-                )
-            )
-            addresses.append(address)
-        if rows != self._group_rows:
-            table = torch.tensor(rows, dtype=torch.float64)
-            self.group_table = to_device(table, self.device)
-            if len(rows) != len(self._group_rows):
-                self.scalars = torch.empty(len(rows) * len(layout.SCALAR_COLUMNS), device=self.device)
-            self._group_rows = rows
-        if addresses != self._lr_addresses:
-            self.lr_addresses = to_device(torch.tensor(addresses, dtype=torch.int64), self.device)
-            self._lr_addresses = addresses
-
-    def _launch_pass(self, bucket: Bucket, dtypes: tuple[torch.dtype, ...]) -> None:
-        import triton.language as tl
-
+    def _launch_pass(self, launch: Launch, *, unscale: bool) -> None:
         from fused_dals.kernels.fused_pass import fused_pass
 
-        names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+        bucket, (param, grad, state, compensated) = launch.bucket, launch.key
         fused_pass[(self._programs(),)](
             bucket.tensors,
-            bucket.grads,
+            self._grads_of(launch),
             bucket.dims,
             bucket.blends,
-            self.scalars,
+            self.group_table.scalars,
             bucket.items,
             bucket.partials,
             bucket.ratios,
             bucket.arrivals,
             bucket.ready,
             bucket.counter,
+            self._seed,
             bucket.item_count,
-            PARAM_TYPE=names[dtypes[0]],
-            GRAD_TYPE=names[dtypes[1]],
-            STATE_TYPE=names[dtypes[2]],
+            PARAM_TYPE=_triton_dtype(param),
+            GRAD_TYPE=_triton_dtype(grad),
+            STATE_TYPE=_triton_dtype(state),
+            COMPENSATED=compensated,
+            UNSCALE=unscale,
             CHUNK=bucket.chunk,
             A_WRITES=self.stage_a_writes,
             num_warps=NUM_WARPS,
         )
 
+    def _grads_of(self, launch: Launch) -> Tensor:
+        return launch.baked[-1].values if is_capturing(self.device) and launch.baked else launch.bucket.grads
+
     def _programs(self) -> int:
         if self.device.type != "cuda":
             return 2
         return PROGRAMS_PER_SM * torch.cuda.get_device_properties(self.device).multi_processor_count
+
+
+@functools.cache
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

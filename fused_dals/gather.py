@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fused_dals.reference import compute_dtype
-
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: Every tensor's segment of a flat buffer starts at a multiple of this many bytes.
 FLAT_ALIGNMENT = 128
 
 STATE_KEYS = ("grad_ema", "momentum_buffer")
+COMPENSATION_KEY = "compensation"
 
 
 @dataclass
@@ -41,6 +40,14 @@ def parameter_names(group: Mapping[str, Any]) -> Sequence[str] | None:
     """The names of a group's parameters where they have names (and nobody replaced the list by a longer one)."""
     names = group.get("param_names")
     return names if names is not None and len(names) == len(group["params"]) else None
+
+
+def group_labels(group: Mapping[str, Any], group_index: int) -> list[str]:
+    """The labels of all parameters of a group."""
+    names = parameter_names(group)
+    if names is not None:
+        return list(names)
+    return [parameter_label(group, group_index, position) for position in range(len(group["params"]))]
 
 
 def unique_labels(groups: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, int]]) -> list[str]:
@@ -66,10 +73,11 @@ def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str,
             grad = param.grad
             if grad is None:
                 continue
-            problem = _problem(param, grad, state.get(param))
+            problem = _problem(param, grad, group, state.get(param))
             if problem:
                 label = parameter_label(group, group_index, position)
                 raise RuntimeError(f"DALS cannot step parameter {label!r} of group {group_index}: {problem}")
+            # Everything else that decides how a batch is stepped is the same within a group.
             key = (group_index, param.device, param.dtype, grad.dtype)
             batch = batches.get(key)
             if batch is None:
@@ -80,7 +88,7 @@ def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str,
     return list(batches.values())
 
 
-def _problem(param: Tensor, grad: Tensor, state: Mapping[str, Tensor] | None) -> str:
+def _problem(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor] | None) -> str:
     """What is wrong with a parameter and what to do about it; empty if nothing is."""
     if hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False):
         return (
@@ -97,6 +105,8 @@ def _problem(param: Tensor, grad: Tensor, state: Mapping[str, Tensor] | None) ->
         return "it is on the meta device; give the model real memory first, e.g. model.to_empty(device=...)"
     if grad.shape != param.shape:
         return f"it has shape {tuple(param.shape)} and its gradient {tuple(grad.shape)}"
+    if group["compensated"] and param.dtype == torch.float16:
+        return "it is float16, and compensated=True serves bfloat16 (wider parameters need no compensation)"
     if state:
         have = state["grad_ema"]
         if have.shape != param.shape:
@@ -104,38 +114,53 @@ def _problem(param: Tensor, grad: Tensor, state: Mapping[str, Tensor] | None) ->
                 f"it has shape {tuple(param.shape)} and its state {tuple(have.shape)}; "
                 "delete optimizer.state[param] if its history is to start anew"
             )
-        if (have.device, have.dtype) != (param.device, compute_dtype(param.dtype)):
+        wanted = state_dtypes(param, group)
+        if have.device != param.device or {key: value.dtype for key, value in state.items() if key in wanted} != wanted:
             return (
-                f"it is now {param.dtype} on {param.device}, and its state {have.dtype} on {have.device}; "
+                f"it is now {param.dtype} on {param.device}, and its state {have.dtype} on {have.device} "
+                f"(state_dtype={group['state_dtype']}, compensated={group['compensated']}); "
                 "optimizer.load_state_dict(optimizer.state_dict()) moves the state after it"
             )
     return ""
 
 
+def state_dtypes(param: Tensor, group: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """The state of a parameter: name and dtype of its tensors, each of the parameter's shape.
+
+    grad_ema and momentum_buffer are of the group's state_dtype (float64 for float64 parameters); bfloat16 parameters of
+    a compensated group have a compensation.
+    """
+    dtype = torch.float64 if param.dtype == torch.float64 else group["state_dtype"]
+    dtypes = dict.fromkeys(STATE_KEYS, dtype)
+    if group["compensated"] and param.dtype == torch.bfloat16:
+        dtypes[COMPENSATION_KEY] = torch.int16
+    return dtypes
+
+
 def create_missing_state(
     groups: Sequence[dict[str, Any]],
     state: dict[Tensor, dict[str, Tensor]],
-    flat: Callable[[dict[str, Any]], bool],
+    flat: Callable[[dict[str, Any], Tensor], bool],
 ) -> None:
     """Zero state for every parameter that trains, with or without a gradient, so that all ranks hold the same keys.
 
-    Groups for which ``flat`` says so get theirs as views of flat buffers, one per device, dtype and kind of state.
+    Those for which ``flat(group, param)`` get theirs as views of flat buffers, one per device, dtype and kind of state.
     """
-    flattened: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    flattened: dict[tuple[torch.device, str, torch.dtype], list[Tensor]] = {}
     for group in groups:
         for param in group["params"]:
             trains = param.requires_grad or param.grad is not None
             usable = param.dtype in SUPPORTED_DTYPES and param.device.type != "meta"
             if not trains or not usable or state.get(param) or is_lazy(param):
                 continue
-            if flat(group):
-                flattened.setdefault((param.device, compute_dtype(param.dtype)), []).append(param)
-            else:
-                state[param] = {key: empty_state(param).zero_() for key in STATE_KEYS}
-    for (_, dtype), params in flattened.items():
-        for key in STATE_KEYS:
-            for param, value in zip(params, flat_zeros(params, dtype), strict=True):
-                state[param][key] = value
+            for key, dtype in state_dtypes(param, group).items():
+                if flat(group, param):
+                    flattened.setdefault((param.device, key, dtype), []).append(param)
+                else:
+                    state[param][key] = empty_state(param, dtype).zero_()
+    for (_, key, dtype), params in flattened.items():
+        for param, value in zip(params, flat_zeros(params, dtype), strict=True):
+            state[param][key] = value
 
 
 def flat_zeros(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -150,8 +175,6 @@ def flat_zeros(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [flat.as_strided(shape.shape, shape.stride(), start) for shape, start in zip(shapes, starts, strict=True)]
 
 
-def empty_state(param: Tensor) -> Tensor:
-    """Memory for one state tensor: the parameter's shape, strides and device, at least float32."""
-    return torch.empty_like(
-        param, dtype=compute_dtype(param.dtype), memory_format=torch.preserve_format, requires_grad=False
-    )
+def empty_state(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for one state tensor: the parameter's shape, strides and device."""
+    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)

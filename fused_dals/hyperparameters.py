@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from fused_dals.depth_rule import DepthRule, check_depth
@@ -28,12 +29,21 @@ class DALSOptions(TypedDict, total=False):
     restart_mult: float
     depth: DepthRule
     maximize: bool
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    state_dtype: torch.dtype
+    compensated: bool
     foreach: bool | None
     fused: bool | None
+    capturable: bool
+    amp_fused: bool
 
 
 #: Run state that every group carries as plain numbers, so that any checkpoint format takes it along.
-COUNTERS = ("step", "loss_ema", "loss_drop")
+COUNTERS = ("step", "loss_ema", "loss_drop", "skipped_steps")
+
+#: What every group has, besides lr.
+HYPERPARAMETERS = tuple(key for key in DALSOptions.__annotations__ if key not in ("depth", "amp_fused"))
 
 _KNOWN_KEYS = {"params", "lr", *DALSOptions.__annotations__, *COUNTERS}
 
@@ -79,7 +89,10 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
     check("warmup_fraction", lambda x: 0 <= _number(x) <= 1, "a number in [0, 1]")
     check("restart_steps", _is_steps, "None or an integer >= 1")
     check("restart_mult", lambda x: 1 <= _number(x) < math.inf, "a finite number >= 1")
-    check("maximize", lambda x: _is_bool(x), "True or False")
+    check("max_grad_norm", lambda x: x is None or 0 < _number(x) < math.inf, "None or a finite number > 0")
+    check("state_dtype", _is_state_dtype, "torch.float32 or torch.bfloat16")
+    for name in ("maximize", "skip_nonfinite", "compensated", "capturable"):
+        check(name, _is_bool, "True or False")
     check("foreach", lambda x: x is None or _is_bool(x), "None, True or False")
     check("fused", lambda x: x is None or _is_bool(x), "None, True or False")
     if group.get("depth") is not None:
@@ -91,6 +104,12 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
         )
     if group["foreach"] and group["fused"]:
         raise RuntimeError(f"{where}: foreach and fused cannot both be True")
+
+
+def check_flag(value: Any, where: str) -> None:
+    """True or False, and nothing that merely looks like it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where} must be True or False, got {value!r}")
 
 
 def plain(value: Any) -> Any:
@@ -110,8 +129,9 @@ def check_counters(group: Mapping[str, Any], where: str) -> None:
         value = group[name]
         if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
             raise TypeError(f"{where}: {name!r} must be a number, got {value!r}")
-    if not isinstance(group["step"], Integral) or group["step"] < 0:
-        raise ValueError(f"{where}: 'step' must be an integer >= 0, got {group['step']!r}")
+    for name in ("step", "skipped_steps"):
+        if not isinstance(group[name], Integral) or group[name] < 0:
+            raise ValueError(f"{where}: {name!r} must be an integer >= 0, got {group[name]!r}")
 
 
 def _number(value: Any) -> float:
@@ -130,6 +150,12 @@ def _is_bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
     return True
+
+
+def _is_state_dtype(dtype: Any) -> bool:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError
+    return dtype in (torch.float32, torch.bfloat16)
 
 
 def _is_lr(lr: Any) -> bool:

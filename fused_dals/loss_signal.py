@@ -1,4 +1,4 @@
-"""From the losses that a training loop hands over to the phase: what is pending, the running mean, the hook."""
+"""The losses that a training loop hands over, until a step takes them; the hook of ``watch_loss``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fused_dals.phase import NO_LOSS_YET, select_by_phase, update_loss_ema
-
 NO_LOSS_WARNING = (
     "{optimizer} has not been given a loss since it was made, loaded or copied: its phase stays as it is, 1 if there "
     "never was a loss. Pass the loss in one of four ways: "
@@ -21,21 +19,16 @@ NO_LOSS_WARNING = (
 
 
 class LossSignal:
-    """E and D of the phase rule, with the losses observed since the last step.
-
-    Everything is a 0-dim tensor on the device where the losses come from; nothing waits for it.
-    """
+    """The losses observed since the last step; their sum is a 0-dim tensor where they come from, never waited for."""
 
     def __init__(self) -> None:
-        self.restore(NO_LOSS_YET, 0.0)
+        self.forget()
 
-    def restore(self, loss_ema: float, loss_drop: float) -> None:
-        """Go on from the plain numbers of a checkpoint."""
-        self.loss_ema = torch.tensor(loss_ema, dtype=torch.float64, device="cpu")
-        self.loss_drop = torch.tensor(loss_drop, dtype=torch.float64, device="cpu")
+    def forget(self) -> None:
+        """As if no loss had been observed, ever."""
         self.observed = False  # since this process made, loaded or copied it
-        self._pending: Tensor | None = None
-        self._pending_count = 0
+        self.pending: Tensor | None = None  # their sum
+        self._count = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not what watch_loss watches for: it says so once, if nobody hands it losses.
@@ -44,31 +37,19 @@ class LossSignal:
     def observe(self, loss: Tensor | float) -> None:
         """Add one loss to those of the coming step."""
         value = _as_scalar(loss)
-        if self._pending is None:
-            self._pending = value
+        if self.pending is None:
+            self.pending = value
         else:
-            self._pending = self._pending + _to(value, self._pending.device)
-        self._pending_count += 1
+            self.pending = self.pending + to_scalar_device(value, self.pending.device)
+        self._count += 1
         self.observed = True
 
-    def commit(self, device: torch.device) -> None:
-        """Move E and D by the mean of the pending losses, on ``device``; leave them where there is none."""
-        total, count = self.take(device)
-        if total is not None:
-            self.loss_ema, self.loss_drop = update_loss_ema(self.loss_ema, self.loss_drop, total / count)
-
     def take(self, device: torch.device) -> tuple[Tensor | None, int]:
-        """Move E and D to ``device`` and hand over the sum and number of the pending losses, for a caller to apply."""
-        self.loss_ema = _to(self.loss_ema, device)
-        self.loss_drop = _to(self.loss_drop, device)
-        total = None if self._pending is None else _to(self._pending, device)
-        count = self._pending_count
-        self._pending, self._pending_count = None, 0
+        """Hand over the sum, on ``device``, and the number of the pending losses."""
+        total = None if self.pending is None else to_scalar_device(self.pending, device)
+        count = self._count
+        self.pending, self._count = None, 0
         return total, count
-
-    def select(self, phase_thresholds: tuple[float, float], values: tuple[float, float, float]) -> Tensor:
-        """The value that belongs to the present phase, 0-dim."""
-        return select_by_phase(self.loss_ema, self.loss_drop, phase_thresholds, values)
 
 
 class WatchLoss:
@@ -129,7 +110,8 @@ def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _to(scalar: Tensor, device: torch.device) -> Tensor:
+def to_scalar_device(scalar: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on another device, in the widest type there; waits only where the host wants to know it."""
     if device.type == "cuda" and scalar.device.type == "cpu":
         scalar = scalar.pin_memory()  # a copy from pageable memory may wait for the device
     # A copy off the device must be waited for, or the CPU would read a value that has not arrived.

@@ -7,20 +7,20 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from fused_dals.checkpoint import load_checkpoint
 from fused_dals.depth_rule import DepthMap, DepthRule, check_depth_keys, check_rule
-from fused_dals.fingerprint import take_fingerprint
-from fused_dals.foreach import dals_foreach_
-from fused_dals.fused import FusedPass, why_not_fused
-from fused_dals.gather import TensorBatch, create_missing_state, gather, parameter_label, parameter_names, unique_labels
-from fused_dals.hyperparameters import check_group_keys, check_hyperparameters, plain
-from fused_dals.loss_signal import NO_LOSS_WARNING, watch
-from fused_dals.reference import dals_reference_, raw_blend
-from fused_dals.runtime import Runtime, Steady
-from fused_dals.schedule import schedule_factor
-from fused_dals.stats import TrustRatios, trust_ratios_by_label
+from fused_dals.gather import create_missing_state, group_labels, parameter_names, unique_labels
+from fused_dals.hyperparameters import check_flag, check_group_keys, check_hyperparameters, plain
+from fused_dals.kernels import layout
+from fused_dals.loss_signal import watch
+from fused_dals.phase import select_by_phase
+from fused_dals.runtime import Runtime
+from fused_dals.scalars import scheduled_lr
+from fused_dals.stats import trust_ratios_by_label
+from fused_dals.stepper import Stepper
 
 Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -63,13 +63,27 @@ class DALS(torch.optim.Optimizer):
         depth: "auto" (default); a number; a dict of names or regular expressions to depths; or f(name, param) ->
             depth. Values in [0, 1], 0 at the input. ``group["depth"]`` wins over all of them.
         maximize: ascend instead (False).
-        foreach: False for the per-tensor reference path; None or True for torch._foreach.
+        max_grad_norm: a step's gradients are multiplied by min(1, max_grad_norm / (norm + 1e-6)), where the norm is
+            that over all gradients of this optimizer, as by ``clip_grad_norm_`` before the step, but ``.grad`` keeps
+            its values (None). Groups without it are not clipped.
+        skip_nonfinite: True in any group: a step for which any gradient holds inf or NaN changes nothing but
+            ``skipped_steps``, without waiting for the device (False).
+        state_dtype: torch.float32 (default, also for bfloat16 and float16 parameters) or torch.bfloat16, which is
+            rounded stochastically by a hash of step, parameter and element. State of float64 parameters is float64.
+        compensated: True: a bfloat16 parameter gets an int16 ``compensation``, and both together are a float32 weight,
+            which is what is trained (False). Wider parameters need none.
+        foreach: False for the per-tensor reference path, True for torch._foreach; None for the best there is.
         fused: True for the Triton kernels (CUDA or ROCm; float32, bfloat16 and float16 parameters); ``step`` raises an
-            error where they cannot serve a parameter. None and False do without them in this version.
+            error where they cannot serve a parameter. None (default, with foreach=None): the kernels on a GPU where
+            they work and serve the parameter, else torch._foreach. False: never.
+        capturable: True lets ``step`` be captured into a CUDA graph, after at least one step outside of it (False).
+        amp_fused: True: ``GradScaler.step`` leaves unscaling and dropping to this optimizer, which does both on the
+            device, without waiting (False; for the optimizer as a whole). Trainers that unscale by themselves, to clip,
+            may refuse it.
 
     Every hyperparameter may be given per group, is read live from ``param_groups`` at each step and checked when it
-    changed. State per parameter is ``grad_ema`` and ``momentum_buffer`` of its shape, in float32 for bfloat16 and
-    float16 parameters, made at the first step for every parameter that trains.
+    changed. State per parameter is ``grad_ema`` and ``momentum_buffer`` of its shape, made at the first step for every
+    parameter that trains.
 
     Raises:
         TypeError, ValueError: an argument of wrong type or out of range, naming argument and group.
@@ -94,8 +108,14 @@ class DALS(torch.optim.Optimizer):
         restart_mult: float = 2,
         depth: DepthRule = "auto",
         maximize: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        compensated: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
+        amp_fused: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -110,17 +130,23 @@ class DALS(torch.optim.Optimizer):
             "restart_steps": restart_steps,
             "restart_mult": restart_mult,
             "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+            "state_dtype": state_dtype,
+            "compensated": compensated,
             "foreach": foreach,
             "fused": fused,
+            "capturable": capturable,
         }
         where = type(self).__name__
         check_hyperparameters(defaults, where)
+        check_flag(amp_fused, f"{where}: amp_fused")
         defaults = {key: plain(value) for key, value in defaults.items()}
         names: list[str] = []
         if isinstance(params, nn.Module):
             params = list(params.named_parameters())
             names = [name for name, _ in params]
-        self._runtime = Runtime(DepthMap(depth, where, names))
+        self._runtime = Runtime(DepthMap(depth, where, names), amp_fused)
         super().__init__(params, defaults)
         check_depth_keys(depth, self._runtime.depths.names, where)
 
@@ -147,7 +173,7 @@ class DALS(torch.optim.Optimizer):
         try:
             _drop_duplicates(param_group)
             names = parameter_names(param_group)
-            labelled = list(zip(self._labels(index), param_group["params"], strict=True))
+            labelled = list(zip(group_labels(param_group, index), param_group["params"], strict=True))
             if isinstance(rule, Mapping) and names is None:
                 raise ValueError(
                     f"{where}: depth is a dict of names, but the parameters have none: pass the model itself or "
@@ -165,8 +191,8 @@ class DALS(torch.optim.Optimizer):
         param_group.pop("depth", None)
         if not isinstance(rule, str | Mapping) and not callable(rule):
             param_group["depth"] = float(rule)
-        self._write_counters(wait=True)
-        if names is None and depths.ranks_positions(index, self._labels(index), param_group.get("depth")):
+        self._stepper().write_counters()
+        if names is None and depths.ranks_positions(index, group_labels(param_group, index), param_group.get("depth")):
             self._runtime.warn_once(
                 "names",
                 f"{type(self).__name__} got parameters without names: their depth is their rank within the group. "
@@ -192,6 +218,7 @@ class DALS(torch.optim.Optimizer):
 
     # -- the step -----------------------------------------------------------------------------------------------
 
+    @_disable_dynamo  # a compiled training step calls it as it is: nothing here gains by being traced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
         """One step. ``loss``, or what ``closure`` (called with gradients on) returns, moves the phase first.
@@ -202,194 +229,56 @@ class DALS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
-        self._check_live_groups()
-        steady = self._resume_fused()
-        batches = [] if steady else gather(self.param_groups, self.state)
-        fused: list[TensorBatch] = []
-        others: list[TensorBatch] = []
-        for batch in batches:
-            (fused if self._runs_fused(batch) else others).append(batch)
-        for observed in (returned, loss):
-            if observed is not None:
-                self.observe_loss(observed)
-
-        only_creates_state = self._only_creates_state(batches)
-        if not steady:
-            self._create_missing_state()
-            if only_creates_state:
-                return returned
-        runtime = self._runtime
-        if not runtime.loss.observed:
-            runtime.warn_once("loss", NO_LOSS_WARNING.format(optimizer=type(self).__name__))
-        if steady:
-            runtime.trust_ratios = steady.run(self.param_groups, runtime.step, runtime.loss)
-        else:
-            runtime.trust_ratios = self._step_fused(fused)
-            runtime.loss.commit(batches[0].params[0].device if batches else runtime.loss.loss_ema.device)
-            runtime.trust_ratios += [
-                TrustRatios(batch.group_index, batch.positions, self._step_batch(batch)) for batch in others
-            ]
-            self._remember_fused(fused, others)
-        runtime.step += 1
-        self._write_counters(wait=False)
+        # What torch.amp.GradScaler hands over to an optimizer that says _step_supports_amp_scaling.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        self._stepper().step((returned, loss), found_inf, grad_scale)
         return returned
 
-    def _runs_fused(self, batch: TensorBatch) -> bool:
-        """Whether the kernels take this batch; an error where its group demands it and they cannot."""
-        group = self.param_groups[batch.group_index]
-        if not group["fused"]:
-            return False
-        for param, grad, position in zip(batch.params, batch.grads, batch.positions, strict=True):
-            reason = why_not_fused(param, grad)
-            if reason:
-                label = parameter_label(group, batch.group_index, position)
-                raise RuntimeError(f"group {batch.group_index}: fused=True cannot step parameter {label!r}: {reason}")
-        return True
+    def refresh_hyperparameters(self) -> None:
+        """Check param_groups and put them where captured graphs read them, for the replays that follow.
 
-    def _step_fused(self, batches: list[TensorBatch]) -> list[TrustRatios]:
-        """Run these batches through the kernels, device by device."""
-        measured = []
-        for device in dict.fromkeys(batch.params[0].device for batch in batches):
-            fused = self._runtime.fused.setdefault(device, FusedPass(device))
-            measured += fused.step(
-                [batch for batch in batches if batch.params[0].device == device],
-                self.param_groups,
-                self.state,
-                [self._raw_blends(index) for index in range(len(self.param_groups))],
-                self._runtime.step,
-                self._runtime.loss,
-            )
-        return measured
-
-    def _remember_fused(self, fused: list[TensorBatch], others: list[TensorBatch]) -> None:
-        """Let the next step go on with the tables of this one, if one fused pass did all of it."""
-        devices = {batch.params[0].device for batch in fused}
-        fingerprint = take_fingerprint(self.param_groups, self.state) if len(devices) == 1 and not others else None
-        if fingerprint is not None:
-            self._runtime.steady = Steady(self._runtime.fused[devices.pop()], fingerprint)
-
-    def _resume_fused(self) -> FusedPass | None:
-        """The pass that did the last step, if nothing has changed since but the gradients' addresses."""
-        steady, self._runtime.steady = self._runtime.steady, None
-        if steady is None:
-            return None
-        now = take_fingerprint(self.param_groups, self.state)
-        if now is None or not now.same_but_for_addresses_of_gradients(steady.fingerprint):
-            return None
-        if not steady.fused.follow_grads(now.grad_addresses):
-            return None
-        self._runtime.steady = steady
-        return steady.fused
-
-    def _create_missing_state(self) -> None:
-        create_missing_state(self.param_groups, self.state, flat=lambda group: bool(group["fused"]))
-
-    def _step_batch(self, batch: TensorBatch) -> Tensor:
-        """Run one batch on the path its group asks for; returns the trust ratios, shape [n]."""
-        group = self.param_groups[batch.group_index]
-        device = batch.params[0].device
-        ema_decay, bypass = self._ema_decay(group, device)
-        blends = self._raw_blends(batch.group_index)
-        tensors = (
-            batch.params,
-            batch.grads,
-            [self.state[param]["grad_ema"] for param in batch.params],
-            [self.state[param]["momentum_buffer"] for param in batch.params],
-            [blends[position] for position in batch.positions],
-        )
-        scalars = {
-            "ema_decay": ema_decay,
-            "bypass": bypass,
-            "weight_decay": group["weight_decay"],
-            "trust_coefficient": group["trust_coefficient"],
-            "trust_clip": group["trust_clip"],
-            "momentum": group["momentum"],
-            "lr": self._scheduled_lr(group, device),
-            "maximize": group["maximize"],
-        }
-        if group["foreach"] is False:
-            return torch.stack([dals_reference_(*one, **scalars) for one in zip(*tensors, strict=True)])
-        return dals_foreach_(*tensors, **scalars)
-
-    def _ema_decay(self, group: dict[str, Any], device: torch.device) -> tuple[float | Tensor, bool | Tensor]:
-        """alpha of the present phase, and whether it bypasses the filter: plain values for the CPU, else tensors."""
-        alpha = self._runtime.loss.select(group["phase_thresholds"], group["ema_decay"])
-        if device.type == "cpu":
-            value = alpha.item()
-            return value, value == 1
-        alpha = alpha.to(device, non_blocking=True)
-        return alpha, alpha == 1 if 1 in group["ema_decay"] else False
-
-    def _scheduled_lr(self, group: dict[str, Any], device: torch.device) -> float | Tensor:
-        """eta = lr s(t)."""
-        factor = schedule_factor(
-            self._runtime.step,
-            total_steps=group["total_steps"],
-            warmup_fraction=group["warmup_fraction"],
-            restart_steps=group["restart_steps"],
-            restart_mult=group["restart_mult"],
-        )
-        lr = group["lr"]
-        if not isinstance(lr, Tensor):
-            return float(lr) * factor
-        if lr.device.type == "cpu":
-            return lr.item() * factor
-        return lr.detach().reshape(()).to(device, non_blocking=device.type != "cpu") * factor
-
-    def _check_live_groups(self) -> None:
-        """Check again what somebody changed in param_groups since the last step."""
-        for index, group in enumerate(self.param_groups):
-            values = tuple(
-                tuple(value) if isinstance(value, list) else value
-                for key, value in group.items()
-                if key in self.defaults and key != "lr"
-            )
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else id(lr)
-            values += (group.get("depth"), tuple(group.get("param_names") or ()), lr)  # names may change in place
-            before = self._runtime.checked.get(index, ())
-            try:
-                unchanged = bool(before == values)
-                unchanged_but_lr = bool(before[:-1] == values[:-1])
-            except (RuntimeError, ValueError):  # an array or tensor in a number's place
-                unchanged = unchanged_but_lr = False
-            if not unchanged:
-                check_hyperparameters(group, f"group {index}")
-                self._runtime.checked[index] = values
-            if not unchanged_but_lr:
-                self._runtime.steady = None
-
-    def _only_creates_state(self, batches: list[TensorBatch]) -> bool:
-        """Whether this is the call by which distributed checkpointing makes an optimizer create its state.
-
-        It calls step() once with lr 0 and zero gradients, without a loss; such a call must leave weights, counters
-        and phase alone. The look at the gradients waits for the device, but only a first step with lr 0 gets there.
+        A replay does not run this class: numbers that were changed in param_groups since the last step, such as a
+        learning rate that is no tensor, reach it by this call. Nothing waits for the device.
         """
-        if self.state or self._runtime.step or self._runtime.loss.observed or not batches:
-            return False
-        lrs = [group["lr"] for group in self.param_groups]
-        if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs) or any(float(lr) != 0 for lr in lrs):
-            return False
-        return not any(bool(grad.any()) for batch in batches for grad in batch.grads)
+        self._runtime.live_groups.check(self.param_groups)
+        for fused in self._runtime.fused.values():
+            fused.group_table.refresh(self.param_groups, self._runtime.live_groups.tables)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks before it unscales by itself."""
+        return self._runtime.amp_fused
+
+    def _stepper(self) -> Stepper:
+        return Stepper(self.param_groups, self.state, self._runtime, type(self).__name__)
 
     # -- what a person looks at ---------------------------------------------------------------------------------
 
     def depths(self) -> dict[str, float]:
         """Depth of every parameter by its name (or its place in param_groups where it has none)."""
-        places = [(index, i) for index, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
-        depths = [depth for index in range(len(self.param_groups)) for depth in self._depths(index)]
-        return dict(zip(unique_labels(self.param_groups, places), depths, strict=True))
+        groups = self.param_groups
+        places = [(index, i) for index, group in enumerate(groups) for i in range(len(group["params"]))]
+        depths = [depth for index in range(len(groups)) for depth in self._runtime.depths_of(groups, index)]
+        return dict(zip(unique_labels(groups, places), depths, strict=True))
 
     def current_lr(self) -> list[float]:
         """lr s(t) of each group, as the next step will use it."""
-        return [float(self._scheduled_lr(group, torch.device("cpu"))) for group in self.param_groups]
+        completed_steps = self._runtime.state.values[layout.STEP].cpu()
+        return [float(scheduled_lr(group, completed_steps)) for group in self.param_groups]
 
     def phases(self) -> list[int]:
         """The phase of each group, as the last step used it: 0 exploration, 1 exploitation, 2 refinement."""
+        values = self._runtime.state.values
+        loss_ema, loss_drop = values[layout.LOSS_EMA], values[layout.LOSS_DROP]
         return [
-            int(self._runtime.loss.select(group["phase_thresholds"], (0, 1, 2)).item()) for group in self.param_groups
+            int(select_by_phase(loss_ema, loss_drop, group["phase_thresholds"], (0, 1, 2)))
+            for group in self.param_groups
         ]
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing, because of skip_nonfinite or a GradScaler (with amp_fused)."""
+        return int(self._runtime.state.numbers()["skipped_steps"])
 
     def trust_ratios(self) -> dict[str, float]:
         """The trust ratio r of every parameter that the last step updated, by its name."""
@@ -398,8 +287,11 @@ class DALS(torch.optim.Optimizer):
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch.optim.Optimizer; every group also carries step, loss_ema and loss_drop as plain numbers."""
-        self._write_counters(wait=True)
+        """As of torch.optim.Optimizer; groups also carry the run state: step, loss_ema, loss_drop, skipped_steps."""
+        if self.state:
+            # A parameter that was unfrozen since the last step, say: all ranks are to hold the same keys.
+            create_missing_state(self.param_groups, self.state, flat=lambda group, param: False)
+        self._stepper().write_counters()
         packed: dict[str, Any] = super().state_dict()
         packed["state"] = {
             key: {name: _own_memory(value) for name, value in entry.items()} for key, entry in packed["state"].items()
@@ -415,47 +307,14 @@ class DALS(torch.optim.Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        counters = load_checkpoint(self, state_dict)
-        self._runtime.step = int(counters["step"])
-        self._runtime.loss.restore(float(counters["loss_ema"]), float(counters["loss_drop"]))
+        self._runtime.state.restore(load_checkpoint(self, state_dict))
+        self._runtime.loss.forget()
         self._runtime.trust_ratios = []
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_runtime": self._runtime}
-
-    # -- helpers ------------------------------------------------------------------------------------------------
-
-    def _write_counters(self, *, wait: bool) -> None:
-        """Put the run state into the groups as plain numbers; without ``wait`` only what is on the host already."""
-        loss = self._runtime.loss
-        counters: dict[str, float] = {"step": self._runtime.step}
-        if wait or loss.loss_ema.device.type == "cpu":
-            counters |= {"loss_ema": loss.loss_ema.item(), "loss_drop": loss.loss_drop.item()}
-        for group in self.param_groups:
-            group.update(counters)
-
-    def _labels(self, index: int) -> list[str]:
-        group = self.param_groups[index]
-        names = parameter_names(group)
-        if names is not None:
-            return list(names)
-        return [parameter_label(group, index, position) for position in range(len(group["params"]))]
-
-    def _raw_blends(self, index: int) -> list[float]:
-        return [raw_blend(depth) for depth in self._depths(index)]
-
-    def _depths(self, index: int) -> list[float]:
-        group = self.param_groups[index]
-        names = parameter_names(group)
-        if names is None and "param_names" in group:
-            self._runtime.warn_once(
-                "param_names",
-                f"group {index}: param_names has {len(group['param_names'])} entries for {len(group['params'])} "
-                "parameters; depths are ranks within the group until both fit",
-            )
-        return self._runtime.depths.of_group(index, self._labels(index), names, group.get("depth"))
 
 
 def _own_memory(value: Any) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_dals.rounding import as_stored, halves, join, split
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic and state for parameters of ``dtype``: float64 stays, everything narrower is float32."""
@@ -50,30 +52,40 @@ def dals_reference_(
     trust_clip: tuple[float, float],
     momentum: float,
     lr: float | Tensor,
-    maximize: bool,
+    grad_factor: float | Tensor = 1.0,
+    compensation: Tensor | None = None,
+    rounding_bits: Tensor | None = None,
 ) -> Tensor:
     """One step of one tensor; writes param, grad_ema and momentum_buffer, returns the trust ratio (0-dim).
 
-    param, grad, grad_ema and momentum_buffer have one shape; ema_decay, bypass and lr (already multiplied by the
-    schedule) may be 0-dim tensors on the parameter's device. Bypassing the filter is alpha = 1 and b = 1.
+    param, grad, grad_ema and momentum_buffer have one shape; ema_decay, bypass, lr (already multiplied by the
+    schedule) and grad_factor (-1 to maximize, the factor of clipping) may be 0-dim tensors on the parameter's device.
+    Bypassing the filter is alpha = 1 and b = 1. ``compensation`` is written too; ``rounding_bits`` (rounding.py) are
+    for state in bfloat16.
     """
     dtype = compute_dtype(param.dtype)
     p, g, h, m = param.to(dtype), grad.to(dtype), grad_ema.to(dtype), momentum_buffer.to(dtype)
     alpha, lambda_, gamma, mu, eta = ema_decay, weight_decay, trust_coefficient, momentum, lr
     b = _blend(raw_blend, bypass, dtype)
-    if maximize:
-        g = -g
+    if compensation is not None:
+        p = join(param, compensation)
+    h_bits, m_bits = halves(rounding_bits)
+    g = grad_factor * g
 
     h = alpha * h + (1 - alpha) * g
     u = b * g + (1 - b) * h
     u = u + lambda_ * p
     r = trust_ratio(l2_norm(p), l2_norm(u), gamma, trust_clip).to(dtype)
-    m = (mu * m + u).to(momentum_buffer.dtype).to(dtype)  # p follows the buffer as it is stored
+    m = as_stored(mu * m + u, momentum_buffer, m_bits).to(dtype)  # p follows the buffer as it is stored
     p = p - eta * r * m
 
-    grad_ema.copy_(h)
+    grad_ema.copy_(as_stored(h, grad_ema, h_bits))
     momentum_buffer.copy_(m)
-    param.copy_(p)
+    if compensation is None:
+        param.copy_(p)
+    else:
+        for stored, half in zip((param, compensation), split(p), strict=True):
+            stored.copy_(half)
     return r
 
 

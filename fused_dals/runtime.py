@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,11 @@ import torch
 from fused_dals.depth_rule import DepthMap
 from fused_dals.fingerprint import Fingerprint
 from fused_dals.fused import FusedPass
+from fused_dals.gather import group_labels, parameter_names
+from fused_dals.live_groups import LiveGroups
 from fused_dals.loss_signal import LossSignal
+from fused_dals.reference import raw_blend
+from fused_dals.run_state import RunState
 from fused_dals.stats import TrustRatios
 
 
@@ -23,6 +28,7 @@ class Steady:
 
     fused: FusedPass
     fingerprint: Fingerprint
+    plans: int  # LiveGroups.plans at that time
 
 
 @dataclass
@@ -30,17 +36,34 @@ class Runtime:
     """One object, because wrappers copy an optimizer's attributes: they then share it, and no counter runs apart."""
 
     depths: DepthMap
-    step: int = 0
+    amp_fused: bool = False
+    state: RunState = field(default_factory=RunState)
     loss: LossSignal = field(default_factory=LossSignal)
+    live_groups: LiveGroups = field(default_factory=LiveGroups)
     trust_ratios: list[TrustRatios] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
-    checked: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     fused: dict[torch.device, FusedPass] = field(default_factory=dict)
     steady: Steady | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables of addresses are of no use to a copy: it builds its own at its first step.
         return {**self.__dict__, "fused": {}, "steady": None}
+
+    def depths_of(self, groups: Sequence[Mapping[str, Any]], index: int) -> list[float]:
+        """Depth of every parameter of a group."""
+        group = groups[index]
+        names = parameter_names(group)
+        if names is None and "param_names" in group:
+            self.warn_once(
+                "param_names",
+                f"group {index}: param_names has {len(group['param_names'])} entries for {len(group['params'])} "
+                "parameters; depths are ranks within the group until both fit",
+            )
+        return self.depths.of_group(index, group_labels(group, index), names, group.get("depth"))
+
+    def raw_blends(self, groups: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        """b of every parameter of every group."""
+        return [[raw_blend(depth) for depth in self.depths_of(groups, index)] for index in range(len(groups))]
 
     def warn_once(self, kind: str, message: str) -> None:
         if kind not in self.warned:

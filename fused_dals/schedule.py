@@ -6,7 +6,14 @@ when it steps and never writes the product back, so that torch schedulers keep w
 
 from __future__ import annotations
 
+import functools
 import math
+
+import torch
+from torch import Tensor
+
+#: Nobody takes more steps than this; cycles of restarts are listed up to there.
+MAX_STEPS = 2.0**40
 
 
 def warmup_cosine(t: int, total_steps: int, warmup_fraction: float) -> float:
@@ -57,3 +64,41 @@ def schedule_factor(
     if restart_steps is not None:
         return cosine_restarts(t, restart_steps, restart_mult)
     return 1.0
+
+
+def schedule_factor_of_tensor(
+    t: Tensor,
+    *,
+    total_steps: int | None,
+    warmup_fraction: float,
+    restart_steps: int | None,
+    restart_mult: float,
+) -> float | Tensor:
+    """The same for a t that only its device knows, 0-dim; 1 where there is no schedule."""
+    if total_steps is not None:
+        warmup_steps = math.floor(warmup_fraction * total_steps)
+        progress = ((t - warmup_steps) / max(1, total_steps - warmup_steps)).clamp(max=1.0)
+        planned = torch.where(t < warmup_steps, t / max(1, warmup_steps), (1 + torch.cos(math.pi * progress)) / 2)
+        return torch.where(t >= total_steps, 0.0, planned)
+    if restart_steps is not None:
+        starts, lengths = _cycles(restart_steps, restart_mult, t.device)
+        raised = t + 1
+        if restart_mult == 1:
+            position, length = raised % restart_steps, torch.full_like(t, restart_steps)
+        else:
+            cycle = torch.searchsorted(starts, raised.reshape(1), right=True)[0] - 1
+            position, length = raised - starts[cycle], lengths[cycle]
+        return (1 + torch.cos(math.pi * position / length)) / 2
+    return 1.0
+
+
+@functools.lru_cache(maxsize=64)
+def _cycles(restart_steps: int, restart_mult: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the cycles of restarts begin, and their lengths."""
+    starts, lengths, scale = [0], [restart_steps], 1.0
+    while restart_mult != 1 and starts[-1] < MAX_STEPS:
+        starts.append(starts[-1] + lengths[-1])
+        scale *= restart_mult
+        lengths.append(math.floor(restart_steps * scale))
+    table = torch.tensor([starts, lengths], dtype=torch.float64).to(device)
+    return table[0], table[1]

@@ -20,17 +20,20 @@ import triton
 import triton.language as tl
 
 from fused_dals.kernels import layout
+from fused_dals.kernels.rounding import join, mix, random_bits, split, stochastic_bfloat16
 
 # Compile-time copies of the table's columns: kernels read only constexpr globals.
 PARAM = tl.constexpr(layout.PARAM)
 GRAD_EMA = tl.constexpr(layout.GRAD_EMA)
 MOMENTUM_BUFFER = tl.constexpr(layout.MOMENTUM_BUFFER)
+COMPENSATION = tl.constexpr(layout.COMPENSATION)
 NUMEL = tl.constexpr(layout.NUMEL)
 FIRST_CHUNK = tl.constexpr(layout.FIRST_CHUNK)
 CHUNKS = tl.constexpr(layout.CHUNKS)
 GROUP = tl.constexpr(layout.GROUP)
 ACCESS = tl.constexpr(layout.ACCESS)
 DIMS = tl.constexpr(layout.DIMS)
+ROUNDING_KEY = tl.constexpr(layout.ROUNDING_KEY)
 TENSOR_WIDTH = tl.constexpr(len(layout.TENSOR_COLUMNS))
 SCALAR_WIDTH = tl.constexpr(len(layout.SCALAR_COLUMNS))
 WIDE = tl.constexpr(layout.WIDE)
@@ -47,15 +50,48 @@ PARTIALS_PER_TURN = tl.constexpr(256)
 
 
 @triton.jit
+def _load(ptr, at, mask, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(ptr + at, mask=mask, other=0.0)
+    else:
+        return tl.load(ptr + at)
+
+
+@triton.jit
+def _store(ptr, at, value, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(ptr + at, value, mask=mask)
+    else:
+        tl.store(ptr + at, value)
+
+
+@triton.jit
+def _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED: tl.constexpr, MASKED: tl.constexpr):
+    """The parameter in float32, with the bits that a compensated one keeps beside it."""
+    p = _load(p_ptr, p_at, mask, MASKED)
+    if COMPENSATED:
+        p = join(p, _load(c_ptr, at, mask, MASKED))
+    return p.to(tl.float32)
+
+
+@triton.jit
+def _as_stored(value, bits, TYPE: tl.constexpr):
+    """A state value in the type it is stored in: bfloat16 is rounded stochastically."""
+    if TYPE == tl.bfloat16:
+        value = stochastic_bfloat16(value, bits & 0xFFFF)
+    return value
+
+
+@triton.jit
 def _filtered_update(p, g, h, blend, scalars):
     """h and u of one tile, in float32."""
     alpha = tl.load(scalars)
     one_minus_alpha = tl.load(scalars + 1)
     bypass = tl.load(scalars + 2)
     weight_decay = tl.load(scalars + 3)
-    sign = tl.load(scalars + 9)
+    grad_factor = tl.load(scalars + 9)
     b = tl.where(bypass != 0, 1.0, blend)
-    g = sign * g
+    g = grad_factor * g
     h = alpha * h + one_minus_alpha * g
     u = b * g + (1 - b) * h + weight_decay * p
     return h, u
@@ -63,81 +99,62 @@ def _filtered_update(p, g, h, blend, scalars):
 
 @triton.jit
 def _stage_a_tile(
-    p_ptr, g_ptr, h_ptr, m_ptr, p_at, g_at, at, mask, blend, scalars, A_WRITES: tl.constexpr, MASKED: tl.constexpr
-):
-    """Sums of p^2 and u^2 over one tile; writes h and m too where that is stage A's work."""
-    if MASKED:
-        p = tl.load(p_ptr + p_at, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(g_ptr + g_at, mask=mask, other=0.0).to(tl.float32)
-        h = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    else:
-        p = tl.load(p_ptr + p_at).to(tl.float32)
-        g = tl.load(g_ptr + g_at).to(tl.float32)
-        h = tl.load(h_ptr + at).to(tl.float32)
-    h, u = _filtered_update(p, g, h, blend, scalars)
+    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, scalars, key,
+    STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr, UNSCALE: tl.constexpr, A_WRITES: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Sums of p^2 and u^2 over one tile; writes h, m and the unscaled gradient too where that is stage A's work."""
+    p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED)
+    g = _load(g_ptr, g_at, mask, MASKED).to(tl.float32)
+    h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED).to(tl.float32), blend, scalars)
     if A_WRITES:
         momentum = tl.load(scalars + 7)
-        if MASKED:
-            m = momentum * tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32) + u
-            tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
-            tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=mask)
-        else:
-            m = momentum * tl.load(m_ptr + at).to(tl.float32) + u
-            tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty))
-            tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty))
+        m = momentum * _load(m_ptr, at, mask, MASKED).to(tl.float32) + u
+        bits = at
+        if STATE_TYPE == tl.bfloat16:
+            bits = random_bits(at, key)
+        _store(h_ptr, at, _as_stored(h, bits, STATE_TYPE), mask, MASKED)
+        _store(m_ptr, at, _as_stored(m, bits >> 16, STATE_TYPE), mask, MASKED)
+        if UNSCALE:
+            _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED)
     return tl.sum(p * p), tl.sum(u * u)
 
 
 @triton.jit
 def _stage_b_tile(
-    p_ptr,
-    g_ptr,
-    h_ptr,
-    m_ptr,
-    p_at,
-    g_at,
-    at,
-    mask,
-    blend,
-    ratio,
-    scalars,
-    A_WRITES: tl.constexpr,
+    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, ratio, scalars, key,
+    STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr, UNSCALE: tl.constexpr, A_WRITES: tl.constexpr,
     MASKED: tl.constexpr,
-):
-    """Write p, and h and m where stage A has not."""
+):  # fmt: skip
+    """Write p, and h, m and the unscaled gradient where stage A has not."""
     momentum = tl.load(scalars + 7)
     eta = tl.load(scalars + 8)
-    if MASKED:
-        p = tl.load(p_ptr + p_at, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    else:
-        p = tl.load(p_ptr + p_at).to(tl.float32)
-        m = tl.load(m_ptr + at).to(tl.float32)
+    p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED)
+    m = _load(m_ptr, at, mask, MASKED).to(tl.float32)
     if not A_WRITES:
-        if MASKED:
-            g = tl.load(g_ptr + g_at, mask=mask, other=0.0).to(tl.float32)
-            h = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        else:
-            g = tl.load(g_ptr + g_at).to(tl.float32)
-            h = tl.load(h_ptr + at).to(tl.float32)
-        h, u = _filtered_update(p, g, h, blend, scalars)
+        g = _load(g_ptr, g_at, mask, MASKED).to(tl.float32)
+        h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED).to(tl.float32), blend, scalars)
+        bits = at
+        if STATE_TYPE == tl.bfloat16:
+            bits = random_bits(at, key)
         # p follows the buffer as it is stored, so that both divisions of the work give the same bits.
-        m = (momentum * m + u).to(m_ptr.dtype.element_ty).to(tl.float32)
-        if MASKED:
-            tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
-            tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=mask)
-        else:
-            tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty))
-            tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty))
+        stored = _as_stored(momentum * m + u, bits >> 16, STATE_TYPE)
+        m = stored.to(tl.float32)
+        _store(h_ptr, at, _as_stored(h, bits, STATE_TYPE), mask, MASKED)
+        _store(m_ptr, at, stored, mask, MASKED)
+        if UNSCALE:
+            _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED)
     p = p - (eta * ratio) * m
-    if MASKED:
-        tl.store(p_ptr + p_at, p.to(p_ptr.dtype.element_ty), mask=mask)
+    if COMPENSATED:
+        upper, lower = split(p)
+        _store(p_ptr, p_at, upper, mask, MASKED)
+        _store(c_ptr, at, lower, mask, MASKED)
     else:
-        tl.store(p_ptr + p_at, p.to(p_ptr.dtype.element_ty))
+        _store(p_ptr, p_at, p.to(p_ptr.dtype.element_ty), mask, MASKED)
 
 
 @triton.jit
-def _strided_offsets(at, dims):
+def strided_offsets(at, dims):
     """Offsets of elements in parameter and gradient from their index in the state, innermost dimension first."""
     p_at = tl.zeros_like(at)
     g_at = tl.zeros_like(at)
@@ -183,15 +200,22 @@ def fused_pass(
     ratios,  # float32 [n]: r
     arrivals,  # int32 [n], 0
     ready,  # int32 [n], 0
-    counter,  # int32 [1], 0
+    counter,  # int32 [1], 0; DROPPED where the step is dropped, so that no item is drawn
+    seed,  # int32 [1]: this step's, for stochastic rounding
     item_count,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+    UNSCALE: tl.constexpr,
     CHUNK: tl.constexpr,
     A_WRITES: tl.constexpr,
 ):
-    """Run the items of a work list until none is left."""
+    """Run the items of a work list until none is left.
+
+    COMPENSATED: parameters are bfloat16 with an int16 beside each element; UNSCALE: gradients are written back without
+    the scale of a GradScaler. State in bfloat16 is rounded stochastically.
+    """
     ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     while ticket < item_count:
         item = tl.load(items + ticket)
@@ -202,11 +226,15 @@ def fused_pass(
         g_address = tl.load(grads + tensor)
         h_address = tl.load(row + GRAD_EMA)
         m_address = tl.load(row + MOMENTUM_BUFFER)
+        c_address = tl.load(row + COMPENSATION)
         numel = tl.load(row + NUMEL)
         first_chunk = tl.load(row + FIRST_CHUNK)
         access = tl.load(row + ACCESS)
         scalar_row = scalars + tl.load(row + GROUP) * SCALAR_WIDTH
         blend = tl.load(blends + tensor)
+        key = 0
+        if STATE_TYPE == tl.bfloat16:
+            key = mix(tl.load(row + ROUNDING_KEY).to(tl.int32) ^ tl.load(seed))
         start = chunk * CHUNK
         wide = (access == WIDE) & (start + CHUNK <= numel)
 
@@ -216,15 +244,18 @@ def fused_pass(
                 g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRAD_TYPE)), 16)
                 h_ptr = tl.multiple_of(h_address.to(tl.pointer_type(STATE_TYPE)), 16)
                 m_ptr = tl.multiple_of(m_address.to(tl.pointer_type(STATE_TYPE)), 16)
+                c_ptr = tl.multiple_of(c_address.to(tl.pointer_type(tl.int16)), 16)
                 at = start + tl.arange(0, CHUNK)
                 p_square, u_square = _stage_a_tile(
-                    p_ptr, g_ptr, h_ptr, m_ptr, at, at, at, None, blend, scalar_row, A_WRITES, False
-                )
+                    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, at, at, at, None, blend, scalar_row, key,
+                    STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, False,
+                )  # fmt: skip
             else:
                 p_ptr = p_address.to(tl.pointer_type(PARAM_TYPE))
                 g_ptr = g_address.to(tl.pointer_type(GRAD_TYPE))
                 h_ptr = h_address.to(tl.pointer_type(STATE_TYPE))
                 m_ptr = m_address.to(tl.pointer_type(STATE_TYPE))
+                c_ptr = c_address.to(tl.pointer_type(tl.int16))
                 p_square = 0.0
                 u_square = 0.0
                 stop = tl.minimum(start + CHUNK, numel)
@@ -234,10 +265,11 @@ def fused_pass(
                     p_at = at
                     g_at = at
                     if access == STRIDED:
-                        p_at, g_at = _strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+                        p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
                     p_part, u_part = _stage_a_tile(
-                        p_ptr, g_ptr, h_ptr, m_ptr, p_at, g_at, at, mask, blend, scalar_row, A_WRITES, True
-                    )
+                        p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, scalar_row, key,
+                        STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, True,
+                    )  # fmt: skip
                     p_square += p_part
                     u_square += u_part
             tl.store(partials + 2 * (first_chunk + chunk), p_square)
@@ -260,13 +292,18 @@ def fused_pass(
                 g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRAD_TYPE)), 16)
                 h_ptr = tl.multiple_of(h_address.to(tl.pointer_type(STATE_TYPE)), 16)
                 m_ptr = tl.multiple_of(m_address.to(tl.pointer_type(STATE_TYPE)), 16)
+                c_ptr = tl.multiple_of(c_address.to(tl.pointer_type(tl.int16)), 16)
                 at = start + tl.arange(0, CHUNK)
-                _stage_b_tile(p_ptr, g_ptr, h_ptr, m_ptr, at, at, at, None, blend, ratio, scalar_row, A_WRITES, False)
+                _stage_b_tile(
+                    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, at, at, at, None, blend, ratio, scalar_row, key,
+                    STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, False,
+                )  # fmt: skip
             else:
                 p_ptr = p_address.to(tl.pointer_type(PARAM_TYPE))
                 g_ptr = g_address.to(tl.pointer_type(GRAD_TYPE))
                 h_ptr = h_address.to(tl.pointer_type(STATE_TYPE))
                 m_ptr = m_address.to(tl.pointer_type(STATE_TYPE))
+                c_ptr = c_address.to(tl.pointer_type(tl.int16))
                 stop = tl.minimum(start + CHUNK, numel)
                 for piece in range(start, stop, PIECE):
                     at = piece + tl.arange(0, PIECE)
@@ -274,8 +311,9 @@ def fused_pass(
                     p_at = at
                     g_at = at
                     if access == STRIDED:
-                        p_at, g_at = _strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+                        p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
                     _stage_b_tile(
-                        p_ptr, g_ptr, h_ptr, m_ptr, p_at, g_at, at, mask, blend, ratio, scalar_row, A_WRITES, True
-                    )
+                        p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, ratio, scalar_row, key,
+                        STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, True,
+                    )  # fmt: skip
         ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")

@@ -10,14 +10,18 @@ TENSOR_COLUMNS = (
     "PARAM",
     "GRAD_EMA",
     "MOMENTUM_BUFFER",
+    "COMPENSATION",
     "NUMEL",
     "FIRST_CHUNK",
     "CHUNKS",
     "GROUP",
     "ACCESS",
     "DIMS",
+    "ROUNDING_KEY",
 )
-PARAM, GRAD_EMA, MOMENTUM_BUFFER, NUMEL, FIRST_CHUNK, CHUNKS, GROUP, ACCESS, DIMS = range(len(TENSOR_COLUMNS))
+PARAM, GRAD_EMA, MOMENTUM_BUFFER, COMPENSATION, NUMEL, FIRST_CHUNK, CHUNKS, GROUP, ACCESS, DIMS, ROUNDING_KEY = range(
+    len(TENSOR_COLUMNS)
+)
 
 #: How a tensor is reached: 16-byte accesses, element by element, or through sizes and strides (row DIMS of that table).
 WIDE, NARROW, STRIDED = 0, 1, 2
@@ -29,14 +33,20 @@ MAX_DIMS = 6
 GROUP_COLUMNS = (
     "LR", "LR_SOURCE", "MOMENTUM", "WEIGHT_DECAY", "TRUST_COEFFICIENT", "CLIP_LOW", "CLIP_HIGH",
     "EMA_DECAY_0", "EMA_DECAY_1", "EMA_DECAY_2", "THRESHOLD_1", "THRESHOLD_2",
-    "TOTAL_STEPS", "WARMUP_STEPS", "RESTART_STEPS", "RESTART_MULT", "SIGN",
+    "TOTAL_STEPS", "WARMUP_STEPS", "RESTART_STEPS", "RESTART_MULT", "SIGN", "MAX_GRAD_NORM",
 )  # fmt: skip
 
 #: float32 table with a row per group: what the prologue makes of it for this step.
 SCALAR_COLUMNS = (
     "ALPHA", "ONE_MINUS_ALPHA", "BYPASS", "WEIGHT_DECAY", "TRUST_COEFFICIENT", "CLIP_LOW", "CLIP_HIGH", "MOMENTUM",
-    "ETA", "SIGN",
+    "ETA", "GRAD_FACTOR", "INVERSE_SCALE",
 )  # fmt: skip
+
+#: float64 numbers that move while training: completed steps, E and D of the phase rule, steps dropped.
+STEP, LOSS_EMA, LOSS_DROP, SKIPPED_STEPS = range(4)
+
+#: What the flags of a step that is dropped are filled with: the ticket counter starts beyond every work list.
+DROPPED = 1 << 30
 
 #: Elements of a chunk, the unit of work, and warps of a program: 4096 float32 elements of 8 warps are 16 a thread, four
 #: 16-byte loads per tensor. Waits for a measurement.

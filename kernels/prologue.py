@@ -1,4 +1,4 @@
-"""The scalar work of a step, by one small program before the pass: loss EMA, phase, schedule, step count.
+"""The scalar work of a step, by one small program before the pass: loss EMA, phase, schedule, clipping, step count.
 
 It turns the groups' hyperparameters into the scalars that the pass reads, from device memory alone. The rules are those
 of phase.py and schedule.py, in float64; the tests hold them to each other.
@@ -10,30 +10,44 @@ import triton
 import triton.language as tl
 
 from fused_dals.kernels import layout
+from fused_dals.kernels.rounding import mix
 
+STEP = tl.constexpr(layout.STEP)
+LOSS_EMA = tl.constexpr(layout.LOSS_EMA)
+LOSS_DROP = tl.constexpr(layout.LOSS_DROP)
+SKIPPED_STEPS = tl.constexpr(layout.SKIPPED_STEPS)
+DROPPED = tl.constexpr(layout.DROPPED)
 GROUP_WIDTH = tl.constexpr(len(layout.GROUP_COLUMNS))
 SCALAR_WIDTH = tl.constexpr(len(layout.SCALAR_COLUMNS))
 GROUPS_PER_TURN = tl.constexpr(64)
 SYNC_PER_TURN = tl.constexpr(1024)
+SCAN_PER_TURN = tl.constexpr(256)
 PI = tl.constexpr(3.141592653589793)
 
 
 @triton.jit
-def _move_loss_ema(loss_ema, loss_drop, loss, has_loss):
-    """E and D after this step's loss, as phase.update_loss_ema does it; written back."""
-    ema = tl.load(loss_ema)
-    drop = tl.load(loss_drop)
+def _moved_loss_ema(ema, drop, loss, has_loss):
+    """E and D after this step's loss, as phase.update_loss_ema does it."""
     first = ema == float("inf")
     finite = loss - loss == 0
     mean = tl.where(first, 0.0, ema)
     moved = tl.where(first, loss, 0.95 * mean + 0.05 * loss)
     moved_drop = tl.where(first, float("inf"), (mean - moved) / tl.maximum(tl.abs(mean), 1e-8))
     use = has_loss & finite
-    ema = tl.where(use, moved, ema)
-    drop = tl.where(use, moved_drop, drop)
-    tl.store(loss_ema, ema)
-    tl.store(loss_drop, drop)
-    return ema, drop
+    return tl.where(use, moved, ema), tl.where(use, moved_drop, drop)
+
+
+@triton.jit
+def _scanned(scan, scan_count):
+    """Sum of squares and number of non-finite elements of all gradients, from the rows that grad_scan left."""
+    squares = tl.zeros([SCAN_PER_TURN], dtype=tl.float64)
+    non_finite = tl.zeros([SCAN_PER_TURN], dtype=tl.float64)
+    for start in range(0, scan_count, SCAN_PER_TURN):
+        index = start + tl.arange(0, SCAN_PER_TURN)
+        mask = index < scan_count
+        squares += tl.load(scan + 2 * index, mask=mask, other=0.0)
+        non_finite += tl.load(scan + 2 * index + 1, mask=mask, other=0.0)
+    return tl.sum(squares), tl.sum(non_finite)
 
 
 @triton.jit
@@ -57,29 +71,45 @@ def _schedule_factor(t, total_steps, warmup_steps, restart_steps, restart_mult):
     return tl.where(total_steps > 0, planned, tl.where(restart_steps > 0, restarted, 1.0))
 
 
-@triton.jit(do_not_specialize=["group_count", "sync_count"])
+@triton.jit(do_not_specialize=["group_count", "sync_count", "scan_count"])
 def prologue(
     groups,  # float64 [group_count, GROUP_WIDTH]
     lr_addresses,  # int64 [group_count]: of a tensor lr, else 0
     scalars,  # float32 [group_count, SCALAR_WIDTH], written
-    step,  # int64 [1]: completed steps, goes up by one
-    loss_ema,  # float64 [1]: E, moved
-    loss_drop,  # float64 [1]: D, moved
+    seed,  # int32 [1], written: what stochastic rounding draws from in this step
+    state,  # float64 [4]: completed steps, E, D, dropped steps; moved
     loss_sum,  # float64 [1]: sum of the observed losses
     loss_count,  # how many they are, a float so that no value of it compiles a variant of its own
+    found_inf,  # float32 [1]: the step is dropped unless it is 0
+    grad_scale,  # float32 [1]: the gradients are multiplied by this
+    scan,  # float64 [scan_count, 2]: sums of squares and numbers of non-finite gradients
+    scan_count,
+    skip_nonfinite,  # 1.0: non-finite gradients drop the step, 0.0: they do not
     group_count,
-    sync,  # int32 [sync_count]: arrivals, ready flags and ticket counters of all buckets, set to 0
+    sync,  # int32 [sync_count]: arrivals, ready flags and ticket counters of all buckets; set to 0, or to DROPPED
     sync_count,
 ):
     """One program."""
+    squares, non_finite = _scanned(scan, scan_count)
+    drop_step = (tl.load(found_inf) != 0) | ((non_finite > 0) & (skip_nonfinite != 0))
+    flag = tl.where(drop_step, DROPPED, 0)
     for start in range(0, sync_count, SYNC_PER_TURN):
         index = start + tl.arange(0, SYNC_PER_TURN)
-        tl.store(sync + index, tl.zeros([SYNC_PER_TURN], dtype=tl.int32), mask=index < sync_count)
-    has_loss = loss_count > 0
-    loss = tl.load(loss_sum) / tl.where(has_loss, loss_count, 1.0).to(tl.float64)
-    ema, drop = _move_loss_ema(loss_ema, loss_drop, loss, has_loss)
-    t = tl.load(step)
-    tl.store(step, t + 1)
+        tl.store(sync + index, tl.zeros([SYNC_PER_TURN], dtype=tl.int32) + flag, mask=index < sync_count)
+
+    has_loss = (loss_count > 0) & (drop_step == 0)
+    loss = tl.load(loss_sum) / tl.where(loss_count > 0, loss_count, 1.0).to(tl.float64)
+    ema, drop = _moved_loss_ema(tl.load(state + LOSS_EMA), tl.load(state + LOSS_DROP), loss, has_loss)
+    t = tl.load(state + STEP)
+    skipped = tl.load(state + SKIPPED_STEPS)
+    tl.store(state + STEP, tl.where(drop_step, t, t + 1.0))
+    tl.store(state + LOSS_EMA, ema)
+    tl.store(state + LOSS_DROP, drop)
+    tl.store(state + SKIPPED_STEPS, tl.where(drop_step, skipped + 1.0, skipped))
+    tl.store(seed, mix(t.to(tl.int64).to(tl.int32)))
+
+    inverse_scale = 1.0 / tl.load(grad_scale).to(tl.float64)
+    norm = tl.sqrt(squares) * inverse_scale
     for start in range(0, group_count, GROUPS_PER_TURN):
         index = start + tl.arange(0, GROUPS_PER_TURN)
         mask = index < group_count
@@ -94,7 +124,7 @@ def prologue(
         alpha = tl.where(ema == float("inf"), exploitation, alpha)
 
         factor = _schedule_factor(
-            t.to(tl.float64) + tl.zeros_like(alpha),
+            t + tl.zeros_like(alpha),
             tl.load(row + 12, mask=mask, other=0.0),
             tl.load(row + 13, mask=mask, other=0.0),
             tl.load(row + 14, mask=mask, other=0.0),
@@ -117,4 +147,9 @@ def prologue(
         tl.store(out + 6, tl.load(row + 6, mask=mask, other=0.0).to(tl.float32), mask=mask)
         tl.store(out + 7, tl.load(row + 2, mask=mask, other=0.0).to(tl.float32), mask=mask)
         tl.store(out + 8, (lr * factor).to(tl.float32), mask=mask)
-        tl.store(out + 9, tl.load(row + 16, mask=mask, other=1.0).to(tl.float32), mask=mask)
+        sign = tl.load(row + 16, mask=mask, other=1.0)
+        # As clip_grad_norm_: a norm that is NaN makes every gradient NaN.
+        clip = tl.load(row + 17, mask=mask, other=0.0) / (norm + 1e-6)
+        clip = tl.where((clip > 1.0) | (tl.load(row + 17, mask=mask, other=0.0) < 0), 1.0, clip)
+        tl.store(out + 9, (sign * clip * inverse_scale).to(tl.float32), mask=mask)
+        tl.store(out + 10, (inverse_scale + tl.zeros_like(sign)).to(tl.float32), mask=mask)

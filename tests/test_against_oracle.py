@@ -96,7 +96,7 @@ def test_device_scalars_give_the_same_step(dtype: torch.dtype, alpha: float, can
     tensors = [[torch.randn(s, dtype=d) for s in shapes] for d in (dtype, dtype, state, state)]
     copies = [[t.clone() for t in group] for group in tensors]
     fixed: dict[str, Any] = {
-        "weight_decay": 1e-2, "trust_coefficient": 0.02, "trust_clip": (0.2, 5.0), "momentum": 0.9, "maximize": False,
+        "weight_decay": 1e-2, "trust_coefficient": 0.02, "trust_clip": (0.2, 5.0), "momentum": 0.9,
     }  # fmt: skip
     blends = [0.3, 0.4, 0.5, 0.7]
     on_host = foreach.dals_foreach_(*tensors, blends, ema_decay=alpha, bypass=alpha == 1, lr=0.1, **fixed)

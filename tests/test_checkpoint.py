@@ -182,7 +182,7 @@ def test_state_dict_holds_tensors_of_the_parameters_shape_and_plain_numbers(seed
         assert {k: v.shape for k, v in entry.items()} == {"grad_ema": p.shape, "momentum_buffer": p.shape}
     for key, value in saved["param_groups"][0].items():
         flat = value if isinstance(value, (list, tuple)) else [value]
-        assert all(v is None or isinstance(v, (int, float, str)) for v in flat), key
+        assert all(v is None or isinstance(v, (int, float, str, torch.dtype)) for v in flat), key
 
 
 def test_load_hooks_run_and_may_replace_the_dict(seed: int) -> None:

@@ -49,13 +49,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Machin
 
 def passes(compiled: list[tuple[str, MachineCode]], *targets: str) -> Iterator[MachineCode]:
     chosen = [code for _, code in compiled if code.kernel == "fused_pass" and code.target in targets]
-    assert len(chosen) == 6 * len(targets), "fp32, mixed and bf16, with stage A writing and only reading"
+    assert len(chosen) == 10 * len(targets), "five kinds of tensors, with stage A writing and only reading"
     yield from chosen
 
 
 def test_all_variants_compile_for_all_targets(compiled: list[tuple[str, MachineCode]]) -> None:
     assert {code.target for _, code in compiled} == set(TARGETS)
-    assert {code.kernel for _, code in compiled} == {"fused_pass", "prologue"}
+    assert {code.kernel for _, code in compiled} == {"fused_pass", "grad_scan", "prologue"}
 
 
 def test_nothing_spills_and_registers_stay_in_bounds(compiled: list[tuple[str, MachineCode]]) -> None:
@@ -70,6 +70,15 @@ def test_full_chunks_move_in_accesses_of_128_bits(compiled: list[tuple[str, Mach
         for operation in ("load", "store"):
             assert code.count(operation, True, "full") > 0
             assert code.count(operation, False, "full", "mixed", "unknown") == 0
+
+
+def test_the_scan_of_the_gradients_reads_wide_and_writes_a_row(compiled: list[tuple[str, MachineCode]]) -> None:
+    codes = [code for _, code in compiled if code.kernel == "grad_scan" and code.target in NVIDIA]
+    assert len(codes) == 2 * len(NVIDIA)
+    for code in codes:
+        assert code.count("load", True, "full") > 0 and code.count("load", False, "full", "mixed", "unknown") == 0
+        assert code.count("store", True) == 0 and code.spill_bytes == 0 and code.registers <= MOST_REGISTERS
+        assert code.synchronization == ()
 
 
 def test_arrivals_release_behind_a_barrier_and_waits_acquire(compiled: list[tuple[str, MachineCode]]) -> None:

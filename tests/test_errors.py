@@ -66,7 +66,7 @@ def test_a_bad_value_is_refused_everywhere(name: str, value: Any, error: type[Ex
     with pytest.raises(error, match=f"group 0: {name} must be"):
         optimizer.step(loss=0.1)
     assert identical(before, snapshot(model, optimizer))
-    assert optimizer._runtime.loss.loss_ema.item() == 1.0 and optimizer._runtime.step == 1
+    assert optimizer._runtime.state.numbers() == {"step": 1, "loss_ema": 1.0, "loss_drop": math.inf, "skipped_steps": 0}
 
 
 @pytest.mark.parametrize("cls", [DALS, DALSFast, DALSAcc])

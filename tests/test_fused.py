@@ -18,8 +18,8 @@ from fused_dals import DALS
 from fused_dals.buckets import CHUNK, WIDE_BYTES
 from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
-from fused_dals.loss_signal import LossSignal
 from fused_dals.reference import dals_reference_
+from fused_dals.run_state import RunState, StepInputs
 from tests.helpers import PRESETS, ConvNet, batch, follow_oracle, identical, oracle_of, snapshot, train_step
 
 pytest.importorskip("triton")
@@ -33,7 +33,7 @@ DTYPES = [(p, g, s) for p in (F32, BF16, F16) for g in dict.fromkeys((p, F32)) f
 GROUP: dict[str, Any] = {
     "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02, "trust_clip": (0.0, 5.0),
     "ema_decay": (0.3, 0.6, 0.7), "phase_thresholds": (0.01, 0.002), "total_steps": None, "warmup_fraction": 0.05,
-    "restart_steps": None, "restart_mult": 2, "maximize": False,
+    "restart_steps": None, "restart_mult": 2, "maximize": False, "max_grad_norm": None,
 }  # fmt: skip
 
 
@@ -58,11 +58,10 @@ class Tensors:
         """One step through the kernels; returns the trust ratios."""
         p, g, h, m = self.lists
         state = {param: {"grad_ema": a, "momentum_buffer": b} for param, a, b in zip(p, h, m, strict=True)}
-        loss = LossSignal()
-        loss.observe(1.0)
+        loss = torch.ones((), dtype=torch.float64, device=DEVICE)
         fused = FusedPass(DEVICE, window=window, stage_a_writes=stage_a_writes)
-        batch = TensorBatch(0, list(range(len(p))), p, g)
-        (measured,) = fused.step([batch], [{**GROUP, **group}], state, [self.blends], 0, loss)
+        fused.prepare([TensorBatch(0, list(range(len(p))), p, g)], state, [self.blends])
+        (measured,) = fused.run(StepInputs(RunState().values.to(DEVICE), loss, 1), [{**GROUP, **group}], 0)
         return measured.values.clone()
 
     def reference_step(self, dtype: torch.dtype | None = None, **group: Any) -> list[float]:
@@ -70,8 +69,8 @@ class Tensors:
         if dtype is not None:
             self.lists = [[t.to(dtype) for t in tensors] for tensors in self.lists]
         hyper = {**GROUP, **group}
-        kept = ("weight_decay", "trust_coefficient", "trust_clip", "momentum", "lr", "maximize")
-        scalars = {key: hyper[key] for key in kept}
+        kept = ("weight_decay", "trust_coefficient", "trust_clip", "momentum", "lr")
+        scalars = {key: hyper[key] for key in kept} | {"grad_factor": -1.0 if hyper["maximize"] else 1.0}
         alpha = hyper["ema_decay"][0]
         return [
             dals_reference_(*one, ema_decay=alpha, bypass=alpha == 1, **scalars).item()
@@ -477,7 +476,7 @@ def test_checkpoints_move_between_fused_and_foreach(seed: int) -> None:
     saved["param_groups"][0].update(fused=True, foreach=None)
     again.load_state_dict(saved)
     train_step(model, again, data)
-    assert again.param_groups[0]["step"] == 3 and again.phases() == [2]
+    assert again.state_dict()["param_groups"][0]["step"] == 3 and again.phases() == [2]
     other = copy.deepcopy((model, again))
     for m, o in ((model, again), other):
         train_step(m, o, data)

@@ -227,7 +227,7 @@ def test_float32_gradients_of_bfloat16_parameters(grad_dtype: torch.dtype, seed:
     a, b = [t.clone() for t in tensors], [t.clone() for t in tensors]
     scalars: dict[str, Any] = {
         "ema_decay": 0.6, "bypass": False, "weight_decay": 0.1, "trust_coefficient": 0.02, "trust_clip": (0.0, 9.0),
-        "momentum": 0.9, "lr": 0.5, "maximize": True,
+        "momentum": 0.9, "lr": 0.5, "grad_factor": -1.0,
     }  # fmt: skip
     r = dals_reference_(*a, 0.4, **scalars)
     s = dals_foreach_(*([t] for t in b), [0.4], **scalars)

@@ -125,13 +125,13 @@ def test_an_observed_loss_keeps_no_graph_and_no_alias() -> None:
     optimizer = DALS(parameter())
     loss = (torch.ones(1, requires_grad=True, dtype=torch.float64) * 2).sum()
     optimizer.observe_loss(loss)
-    pending = optimizer._runtime.loss._pending
+    pending = optimizer._runtime.loss.pending
     assert pending is not None and pending.grad_fn is None and not pending.requires_grad
     with torch.no_grad():
         loss.mul_(100)
     optimizer.step()
     assert optimizer.param_groups[0]["loss_ema"] == 2.0
-    assert not optimizer._runtime.loss.loss_ema.requires_grad
+    assert not optimizer._runtime.state.values.requires_grad
 
 
 def test_no_loss_warns_once_and_stays_in_phase_1() -> None:

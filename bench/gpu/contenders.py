@@ -133,7 +133,7 @@ def compiled_reference(named: Sequence[NamedParameter], tensors: int, budget: Co
         raise RuntimeError("left out: the time for torch.compile in this run is spent")
     own = tensor_set(named, torch.float32)
     hyper = hyperparameters()
-    names = ("weight_decay", "trust_coefficient", "trust_clip", "momentum", "maximize")
+    names = ("weight_decay", "trust_coefficient", "trust_clip", "momentum")
     scalars = {name: hyper[name] for name in names}
     lists = (own.params, own.grads, own.grad_emas, own.momentum_buffers)
 

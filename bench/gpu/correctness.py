@@ -133,8 +133,8 @@ class Outcome:
 def reference_step(tensors: TensorSet, dtype: torch.dtype | None, **overrides: Any) -> Outcome:
     """A step of the reference, in ``dtype`` throughout or in the tensors' own; the tensors stay as they are."""
     hyper = {**HYPERPARAMETERS, **overrides}
-    names = ("weight_decay", "trust_coefficient", "trust_clip", "momentum", "lr", "maximize")
-    scalars = {name: hyper[name] for name in names}
+    names = ("weight_decay", "trust_coefficient", "trust_clip", "momentum", "lr")
+    scalars = {name: hyper[name] for name in names} | {"grad_factor": -1.0 if hyper["maximize"] else 1.0}
     outcome = Outcome([], [], [], torch.empty(0))
     ratios = []
     lists = (tensors.params, tensors.grads, tensors.grad_emas, tensors.momentum_buffers)

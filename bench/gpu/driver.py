@@ -14,7 +14,7 @@ from fused_dals import DALS, fused
 from fused_dals.buckets import CHUNK, Bucket
 from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
-from fused_dals.loss_signal import LossSignal
+from fused_dals.run_state import RunState, StepInputs
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]
 SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -72,23 +72,23 @@ class PassDriver:
         self.group = group
         device = tensors.params[0].device
         self.fused_pass = FusedPass(device, window=plan.window, stage_a_writes=plan.stage_a_writes)
-        self.fused_pass.buckets[tensors.dtypes] = Bucket(device, chunk=plan.chunk, window=plan.window)
+        param, grad, state_dtype = tensors.dtypes
+        self.fused_pass.buckets[param, grad, state_dtype, False] = Bucket(device, chunk=plan.chunk, window=plan.window)
         state = {
             param: {"grad_ema": h, "momentum_buffer": m}
             for param, h, m in zip(tensors.params, tensors.grad_emas, tensors.momentum_buffers, strict=True)
         }
         batch = TensorBatch(0, list(range(len(tensors.params))), tensors.params, tensors.grads)
         self.fused_pass.prepare([batch], state, [tensors.blends])
-        self.loss = torch.ones((), device=device)
-        self.signal = LossSignal()
-        self.completed_steps = 0
+        self.loss = torch.ones((), dtype=torch.float64, device=device)
+        self.run_state = RunState()
+        self.run_state.move_to(device)
 
     def step(self) -> Tensor:
         """One step; returns the trust ratios, in memory that the next step writes again."""
-        self.signal.observe(self.loss)
+        inputs = StepInputs(self.run_state.values, self.loss, 1)
         with _launch_shape(self.plan):
-            (measured,) = self.fused_pass.run([self.group], self.completed_steps, self.signal)
-        self.completed_steps += 1
+            (measured,) = self.fused_pass.run(inputs, [self.group], groups_version=0)
         return measured.values
 
 

@@ -1,0 +1,87 @@
+"""The groups' hyperparameters in device memory, where the prologue reads them: groups add no launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_dals.buckets import to_device
+from fused_dals.capture import is_capturing
+from fused_dals.kernels import layout
+
+_NO_MAX_GRAD_NORM = -1.0
+
+
+class GroupTable:
+    """One row of float64 per group, and the address of every learning rate that is a tensor on the device.
+
+    The tables keep their memory while the number of groups does, because captured graphs read them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._version = -1
+        self._rows: list[tuple[float, ...]] = []
+        self._addresses: list[int] = []
+
+    def refresh(self, groups: Sequence[Mapping[str, Any]], version: int) -> None:
+        """Write what changed; while ``version`` is the same that can only be where a tensor learning rate lies.
+
+        Raises RuntimeError while a step is being captured: the copy from the host would not survive its replays.
+        """
+        addresses = [_lr_address(group["lr"], self.device) for group in groups]
+        if version == self._version and addresses == self._addresses:
+            return
+        rows = [self._row(group, address) for group, address in zip(groups, addresses, strict=True)]
+        if is_capturing(self.device) and (rows != self._rows or addresses != self._addresses):
+            raise RuntimeError(
+                "this step is being captured into a graph, and hyperparameters changed since the last one: take one "
+                "more step, or call refresh_hyperparameters(), before capture"
+            )
+        self._version = version
+        if len(rows) != len(self._rows):
+            count = len(rows)
+            self.rows = torch.empty(count, len(layout.GROUP_COLUMNS), dtype=torch.float64, device=self.device)
+            self.addresses = torch.empty(count, dtype=torch.int64, device=self.device)
+            self.scalars = torch.empty(count, len(layout.SCALAR_COLUMNS), dtype=torch.float32, device=self.device)
+            self._rows, self._addresses = [], []
+        if rows != self._rows:
+            self.rows.copy_(to_device(torch.tensor(rows, dtype=torch.float64), self.device))
+            self._rows = rows
+        if addresses != self._addresses:
+            self.addresses.copy_(to_device(torch.tensor(addresses, dtype=torch.int64), self.device))
+            self._addresses = addresses
+
+    def _row(self, group: Mapping[str, Any], lr_address: int) -> tuple[float, ...]:
+        lr, source = group["lr"], 0
+        if lr_address:
+            source, lr = (1 if lr.dtype == torch.float32 else 2), 0.0
+        total_steps = group["total_steps"] or 0
+        max_grad_norm = group["max_grad_norm"]
+        return (
+            float(lr),
+            float(source),
+            group["momentum"],
+            group["weight_decay"],
+            group["trust_coefficient"],
+            *group["trust_clip"],
+            *group["ema_decay"],
+            *group["phase_thresholds"],
+            total_steps,
+            math.floor(group["warmup_fraction"] * total_steps),
+            group["restart_steps"] or 0,
+            group["restart_mult"],
+            -1.0 if group["maximize"] else 1.0,
+            _NO_MAX_GRAD_NORM if max_grad_norm is None else max_grad_norm,
+        )
+
+
+def _lr_address(lr: Any, device: torch.device) -> int:
+    """Where the prologue reads a learning rate itself; 0 where the host hands it over."""
+    if not isinstance(lr, Tensor) or lr.device != device or lr.dtype not in (torch.float32, torch.float64):
+        return 0
+    return lr.data_ptr()

@@ -1,0 +1,95 @@
+"""The scalars of one step for the paths of torch operations: alpha, eta and the factor of the gradients per group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_dals.kernels import layout
+from fused_dals.phase import select_by_phase
+from fused_dals.rounding import step_seed
+from fused_dals.run_state import StepInputs
+from fused_dals.schedule import schedule_factor, schedule_factor_of_tensor
+
+
+def known_to_host(tensor: Tensor) -> bool:
+    """Whether a number can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def clip_factor(grad_norm: Tensor | None, max_grad_norm: float | None) -> Tensor | None:
+    """min(1, max / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it; NaN for a norm that is NaN."""
+    if grad_norm is None or max_grad_norm is None:
+        return None
+    return (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+
+
+class StepScalars:
+    """What one step takes from its inputs on their device; plain numbers where the host can know them."""
+
+    def __init__(self, inputs: StepInputs) -> None:
+        self.inputs = inputs
+        self.next_values = inputs.next_values()
+        self._on_host = known_to_host(inputs.values)
+        dropped = inputs.dropped()
+        self.dropped: bool | Tensor | None = bool(dropped) if dropped is not None and self._on_host else dropped
+        self.seed = step_seed(inputs.completed_steps)
+
+    def of_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of an update that a group decides."""
+        alpha, bypass = self._ema_decay(group)
+        return {
+            "ema_decay": alpha,
+            "bypass": bypass,
+            "weight_decay": group["weight_decay"],
+            "trust_coefficient": group["trust_coefficient"],
+            "trust_clip": group["trust_clip"],
+            "momentum": group["momentum"],
+            "lr": self._lr(group),
+            "grad_factor": self._grad_factor(group),
+        }
+
+    def unscale_(self, grads: list[Tensor]) -> None:
+        """Divide the gradients by a GradScaler's scale, in place, where there is one."""
+        if self.inputs.grad_scale is not None:
+            torch._foreach_div_(grads, self.inputs.grad_scale.reshape(()))
+
+    def _ema_decay(self, group: Mapping[str, Any]) -> tuple[float | Tensor, bool | Tensor]:
+        """alpha of the present phase, and whether it bypasses the filter."""
+        values = self.next_values
+        alpha = select_by_phase(
+            values[layout.LOSS_EMA], values[layout.LOSS_DROP], group["phase_thresholds"], group["ema_decay"]
+        )
+        if self._on_host:
+            number = alpha.item()
+            return number, number == 1
+        return alpha, alpha == 1 if 1 in group["ema_decay"] else False
+
+    def _lr(self, group: Mapping[str, Any]) -> float | Tensor:
+        """eta = lr s(t)."""
+        return scheduled_lr(group, self.inputs.completed_steps)
+
+    def _grad_factor(self, group: Mapping[str, Any]) -> float | Tensor:
+        """Sign and clipping of the (unscaled) gradients."""
+        sign = -1.0 if group["maximize"] else 1.0
+        clip = clip_factor(self.inputs.grad_norm(), group["max_grad_norm"])
+        if clip is None:
+            return sign
+        return sign * (clip.item() if self._on_host else clip)
+
+
+def scheduled_lr(group: Mapping[str, Any], completed_steps: Tensor) -> float | Tensor:
+    """lr s(t), a number where the host knows t and lr, else 0-dim on the device of t."""
+    schedule = {key: group[key] for key in ("total_steps", "warmup_fraction", "restart_steps", "restart_mult")}
+    lr = group["lr"]
+    device = completed_steps.device
+    if isinstance(lr, Tensor):
+        lr = lr.detach().reshape(())
+        lr = lr.item() if known_to_host(lr) else lr.to(device, non_blocking=device.type != "cpu")
+    if known_to_host(completed_steps):
+        return lr * schedule_factor(int(completed_steps), **schedule)  # type: ignore[no-any-return]
+    eta: float | Tensor = lr * schedule_factor_of_tensor(completed_steps, **schedule)
+    return eta

@@ -1,0 +1,36 @@
+"""Gradients before the update, in torch operations: their norm, whether they are finite, and their scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_dals.foreach import norms
+from fused_dals.reference import compute_dtype
+
+
+def scan_gradients(grads: list[Tensor]) -> Tensor:
+    """(sum of squares, number of tensors with a non-finite element) of gradients of one device and dtype, [1, 2]."""
+    present = [grad for grad in grads if grad.numel()]
+    if not present:
+        return torch.zeros(1, 2, dtype=torch.float64, device=grads[0].device)
+    squares = norms(present, compute_dtype(present[0].dtype)).to(torch.float64).square().sum()
+    # The largest magnitude says it exactly: a sum of squares overflows for finite gradients, too.
+    largest = torch.stack(torch._foreach_norm(present, math.inf))
+    non_finite = (~largest.isfinite()).sum().to(torch.float64)
+    return torch.stack([squares, non_finite]).reshape(1, 2)
+
+
+def own_expanded_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Give gradients whose elements share memory, as expanded ones do, memory of their own: they will be written."""
+    for group in groups:
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None or grad.layout != torch.strided or grad.is_contiguous():
+                continue
+            if any(stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
+                param.grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)

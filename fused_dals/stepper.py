@@ -1,0 +1,256 @@
+"""One step of an optimizer: what is checked, which path serves which tensors, and how the run state moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_dals.capture import check_capturable, check_loss_capturable, is_capturing
+from fused_dals.fingerprint import take_fingerprint
+from fused_dals.foreach import dals_foreach_
+from fused_dals.fused import FusedPass, why_not_fused
+from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, TensorBatch, create_missing_state, gather, parameter_label
+from fused_dals.loss_signal import NO_LOSS_WARNING, to_scalar_device
+from fused_dals.reference import dals_reference_
+from fused_dals.rounding import place_key, random_bits
+from fused_dals.run_state import StepInputs
+from fused_dals.runtime import Runtime, Steady
+from fused_dals.scalars import StepScalars, known_to_host
+from fused_dals.scan import own_expanded_gradients, scan_gradients
+from fused_dals.self_check import serves_by_default
+from fused_dals.stats import TrustRatios
+
+State = dict[Tensor, dict[str, Tensor]]
+
+
+class Stepper:
+    """Steps the parameters of ``groups``. Holds nothing of its own: all that lasts is in ``state`` and ``runtime``."""
+
+    def __init__(self, groups: list[dict[str, Any]], state: State, runtime: Runtime, name: str) -> None:
+        self.groups = groups
+        self.state = state
+        self.runtime = runtime
+        self.name = name  # of the optimizer's class, for messages
+
+    def step(self, losses: Iterable[Any], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """One step; ``losses`` that are not None are observed once the checks have passed.
+
+        ``found_inf`` and ``grad_scale`` are what GradScaler hands over: drop the step unless 0, divide gradients by it.
+        """
+        runtime = self.runtime
+        runtime.live_groups.check(self.groups)
+        if grad_scale is not None:
+            own_expanded_gradients(self.groups)
+        steady = self._resume()
+        batches = [] if steady else gather(self.groups, self.state)
+        device = steady.fused.device if steady else self._home(batches)
+        capturing = is_capturing(device)
+        if capturing:
+            check_capturable(self.groups, has_state=bool(self.state))
+        fused, others = self._part(batches)
+        if capturing and fused:
+            raise RuntimeError(
+                "this step is being captured into a graph, and its parameters, their layout or the set of those with a "
+                "gradient differ from the last step's: take one more step like this one before capture"
+            )
+        for loss in losses:
+            if loss is not None:
+                runtime.loss.observe(loss)
+        if capturing:
+            check_loss_capturable(runtime.loss.pending)
+        if steady:
+            self._warn_without_loss()
+            self._run([steady.fused], [], device, found_inf, grad_scale)
+            return
+        only_creates_state = self._only_creates_state(batches)
+        create_missing_state(self.groups, self.state, flat=self._flat)
+        if only_creates_state:
+            return
+        self._warn_without_loss()
+        passes = self._prepare(fused)
+        self._run(passes, others, device, found_inf, grad_scale)
+        self._remember(passes, others)
+        if not passes and known_to_host(runtime.state.values):
+            self.write_counters()
+
+    def write_counters(self) -> None:
+        """Put the run state into the groups as plain numbers, for any checkpoint format; waits for the device."""
+        numbers = self.runtime.state.numbers()
+        for group in self.groups:
+            group.update(numbers)
+
+    # -- which path -----------------------------------------------------------------------------------------------
+
+    def _home(self, batches: Sequence[TensorBatch]) -> torch.device:
+        """Where the run state lives: with the parameters."""
+        return _device(batches[0]) if batches else self.runtime.state.values.device
+
+    def _part(self, batches: Sequence[TensorBatch]) -> tuple[list[TensorBatch], list[TensorBatch]]:
+        """The batches that the kernels take, and all others."""
+        fused: list[TensorBatch] = []
+        others: list[TensorBatch] = []
+        for batch in batches:
+            (fused if self._runs_fused(batch) else others).append(batch)
+        return fused, others
+
+    def _runs_fused(self, batch: TensorBatch) -> bool:
+        """Whether the kernels take this batch; an error where its group demands it and they cannot."""
+        group = self.groups[batch.group_index]
+        if not group["fused"]:
+            return self._flat(group, batch.params[0]) and not any(map(why_not_fused, batch.params, batch.grads))
+        for param, grad, position in zip(batch.params, batch.grads, batch.positions, strict=True):
+            reason = why_not_fused(param, grad)
+            if reason:
+                label = parameter_label(group, batch.group_index, position)
+                raise RuntimeError(f"group {batch.group_index}: fused=True cannot step parameter {label!r}: {reason}")
+        return True
+
+    def _flat(self, group: dict[str, Any], param: Tensor) -> bool:
+        """Whether the kernels are to serve this parameter, if nothing about its layout forbids it."""
+        if group["fused"] is None and group["foreach"] is None:
+            return serves_by_default(param)
+        return bool(group["fused"])
+
+    # -- the fused path -------------------------------------------------------------------------------------------
+
+    def _prepare(self, batches: Sequence[TensorBatch]) -> list[FusedPass]:
+        """The passes that serve these batches, device by device, with their tables written."""
+        passes = []
+        for device in dict.fromkeys(map(_device, batches)):
+            fused = self.runtime.fused.setdefault(device, FusedPass(device))
+            own = [batch for batch in batches if _device(batch) == device]
+            fused.prepare(own, self.state, self.runtime.raw_blends(self.groups))
+            passes.append(fused)
+        return passes
+
+    def _remember(self, passes: Sequence[FusedPass], others: Sequence[TensorBatch]) -> None:
+        """Let the next step go on with the tables of this one, if one fused pass did all of it."""
+        fingerprint = take_fingerprint(self.groups, self.state) if len(passes) == 1 and not others else None
+        if fingerprint is not None:
+            self.runtime.steady = Steady(passes[0], fingerprint, self.runtime.live_groups.plans)
+
+    def _resume(self) -> Steady | None:
+        """The pass that did the last step, if nothing has changed since but the gradients' addresses."""
+        steady, self.runtime.steady = self.runtime.steady, None
+        if steady is None or steady.plans != self.runtime.live_groups.plans:
+            return None
+        now = take_fingerprint(self.groups, self.state)
+        if now is None or not now.same_but_for_addresses_of_gradients(steady.fingerprint):
+            return None
+        if not steady.fused.follow_grads(now.grad_addresses):
+            return None
+        self.runtime.steady = steady
+        return steady
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        passes: Sequence[FusedPass],
+        others: Sequence[TensorBatch],
+        home: torch.device,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
+        """Update everything, and move the run state, which lives at ``home``, once."""
+        runtime = self.runtime
+        runtime.state.move_to(home)
+        loss_sum, loss_count = runtime.loss.take(home)
+        inputs = StepInputs(
+            runtime.state.values,
+            loss_sum,
+            loss_count,
+            None if found_inf is None else to_scalar_device(found_inf, home),
+            None if grad_scale is None else to_scalar_device(grad_scale, home),
+            self._scan(passes, others, home),
+            any(group["skip_nonfinite"] for group in self.groups),
+        )
+        # The pass at home moves the run state; everybody else works from a copy of what it was.
+        before = replace(inputs, values=inputs.values.clone()) if len(passes) > 1 or (passes and others) else inputs
+        measured: list[TrustRatios] = []
+        for fused in passes:
+            own = inputs if fused.device == home else before.on(fused.device)
+            measured += fused.run(own, self.groups, runtime.live_groups.tables)
+        scalars = {device: StepScalars(before.on(device)) for device in dict.fromkeys(map(_device, others))}
+        for batch in others:
+            ratios = self._step_batch(batch, scalars[_device(batch)])
+            measured += [] if ratios is None else [ratios]
+        if not any(fused.device == home for fused in passes):
+            inputs.values.copy_(scalars[home].next_values if home in scalars else before.next_values())
+        if measured:
+            runtime.trust_ratios = measured
+
+    def _scan(self, passes: Sequence[FusedPass], others: Sequence[TensorBatch], home: torch.device) -> Tensor | None:
+        """What clipping and skipping need to know of all gradients, float64 [k, 2]; None where nobody asks."""
+        clips = any(group["max_grad_norm"] is not None for group in self.groups)
+        if not clips and not any(group["skip_nonfinite"] for group in self.groups):
+            return None
+        rows = [fused.scan() for fused in passes] + [scan_gradients(batch.grads) for batch in others]
+        if len(rows) == 1 and rows[0].device == home:
+            return rows[0]
+        return torch.cat([to_scalar_device(some, home) for some in rows]) if rows else None
+
+    def _step_batch(self, batch: TensorBatch, scalars: StepScalars) -> TrustRatios | None:
+        """Run one batch through torch operations; None where the host knows that the step is dropped."""
+        if scalars.dropped is True:
+            return None
+        group = self.groups[batch.group_index]
+        entries = [self.state[param] for param in batch.params]
+        grad_emas, momentum_buffers = ([entry[key] for entry in entries] for key in STATE_KEYS)
+        compensations = [entry[COMPENSATION_KEY] for entry in entries if COMPENSATION_KEY in entry] or None
+        rounding_bits = None
+        if grad_emas[0].dtype == torch.bfloat16:
+            rounding_bits = [
+                random_bits(h, place_key(batch.group_index, position), scalars.seed)
+                for h, position in zip(grad_emas, batch.positions, strict=True)
+            ]
+        blends = self.runtime.raw_blends(self.groups)[batch.group_index]
+        raw_blends = [blends[position] for position in batch.positions]
+        arguments = scalars.of_group(group)
+
+        written = batch.params + grad_emas + momentum_buffers + (compensations or [])
+        saved = [tensor.clone() for tensor in written] if isinstance(scalars.dropped, Tensor) else []
+        scalars.unscale_(batch.grads)
+        tensors = (batch.params, batch.grads, grad_emas, momentum_buffers, raw_blends)
+        if group["foreach"] is False:
+            nothing = [None] * len(batch.params)
+            extras = zip(compensations or nothing, rounding_bits or nothing, strict=True)
+            ratios = torch.stack(
+                [
+                    dals_reference_(*one, **arguments, compensation=compensation, rounding_bits=bits)
+                    for one, (compensation, bits) in zip(zip(*tensors, strict=True), extras, strict=True)
+                ]
+            )
+        else:
+            ratios = dals_foreach_(*tensors, **arguments, compensations=compensations, rounding_bits=rounding_bits)
+        for tensor, old in zip(written, saved, strict=bool(saved)):
+            # The device alone knows whether the step is dropped: take it back where it is, without waiting.
+            tensor.copy_(torch.where(scalars.dropped, old, tensor))  # type: ignore[arg-type]
+        return TrustRatios(batch.group_index, batch.positions, ratios)
+
+    def _warn_without_loss(self) -> None:
+        if not self.runtime.loss.observed:
+            self.runtime.warn_once("loss", NO_LOSS_WARNING.format(optimizer=self.name))
+
+    def _only_creates_state(self, batches: Sequence[TensorBatch]) -> bool:
+        """Whether this is the call by which distributed checkpointing makes an optimizer create its state.
+
+        It calls step() once with lr 0 and zero gradients, without a loss; such a call must leave weights, counters
+        and phase alone. The look at the gradients waits for the device, but only a first step with lr 0 gets there.
+        """
+        if self.state or self.runtime.loss.observed or not batches:
+            return False
+        if not known_to_host(self.runtime.state.values) or self.runtime.state.numbers()["step"]:
+            return False
+        lrs = [group["lr"] for group in self.groups]
+        if any(isinstance(lr, Tensor) and not known_to_host(lr) for lr in lrs) or any(float(lr) != 0 for lr in lrs):
+            return False
+        return not any(bool(grad.any()) for batch in batches for grad in batch.grads)
+
+
+def _device(batch: TensorBatch) -> torch.device:
+    return batch.params[0].device

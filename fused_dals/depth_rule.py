@@ -15,6 +15,9 @@ from fused_dals.depth import depths_from_names, evenly_spaced
 #: ``"auto"``, a depth for all, ``{name or regular expression: depth}``, or ``f(name, param) -> depth``.
 DepthRule: TypeAlias = str | float | Mapping[str, float] | Callable[[str, Tensor], float]
 
+#: What the compilation of a regular expression raises: "[", "a{99999999999}", a thousand brackets.
+_BAD_EXPRESSION = (re.error, OverflowError, RecursionError)
+
 
 def check_rule(rule: object, where: str) -> DepthRule:
     """``rule`` itself, or an error if it is none of the forms a depth rule has."""
@@ -22,6 +25,8 @@ def check_rule(rule: object, where: str) -> DepthRule:
         raise ValueError(f"{where}: depth must be 'auto', a number, a dict or a callable, got {rule!r}")
     if isinstance(rule, Mapping):
         for key, depth in rule.items():
+            if not isinstance(key.pattern if isinstance(key, re.Pattern) else key, str):
+                raise TypeError(f"{where}: depth key {shown(key)} must be a parameter's name or a regular expression")
             check_depth(depth, f"{where}: depth of {key!r}")
     elif not isinstance(rule, str) and not callable(rule):
         check_depth(rule, f"{where}: depth")
@@ -31,10 +36,18 @@ def check_rule(rule: object, where: str) -> DepthRule:
 def check_depth(depth: object, what: str) -> float:
     """``depth`` as a float, or an error that says ``what`` is wrong."""
     if isinstance(depth, bool) or not isinstance(depth, Real):
-        raise TypeError(f"{what} must be a number in [0, 1], got {depth!r}")
-    if not 0.0 <= float(depth) <= 1.0:
-        raise ValueError(f"{what} must be in [0, 1], got {depth!r}")
+        raise TypeError(f"{what} must be a number in [0, 1], got {shown(depth)}")
+    if not 0.0 <= depth <= 1.0:  # type: ignore[operator]  # float(depth) may overflow
+        raise ValueError(f"{what} must be in [0, 1], got {shown(depth)}")
     return float(depth)
+
+
+def shown(value: object) -> str:
+    """``repr(value)`` for an error message; the type where there is none, as for an integer of 5000 digits."""
+    try:
+        return repr(value)
+    except Exception:
+        return f"a value of type {type(value).__name__}"
 
 
 def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
@@ -48,7 +61,7 @@ def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
         try:
             if any(re.fullmatch(key, name) for name in known):
                 continue
-        except re.error as error:
+        except _BAD_EXPRESSION as error:
             raise ValueError(
                 f"{where}: depth key {key!r} is no parameter name and no regular expression: {error}"
             ) from None
@@ -62,7 +75,7 @@ def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
 def _matches(expression: str, name: str) -> bool:
     try:
         return re.fullmatch(expression, name) is not None
-    except re.error:  # a mistake that check_depth_keys reports
+    except _BAD_EXPRESSION:  # a mistake that check_depth_keys reports
         return False
 
 

@@ -39,7 +39,7 @@ def parameter_label(group: Mapping[str, Any], group_index: int, position: int) -
 def parameter_names(group: Mapping[str, Any]) -> Sequence[str] | None:
     """The names of a group's parameters where they have names (and nobody replaced the list by a longer one)."""
     names = group.get("param_names")
-    return names if names is not None and len(names) == len(group["params"]) else None
+    return names if isinstance(names, list | tuple) and len(names) == len(group["params"]) else None
 
 
 def group_labels(group: Mapping[str, Any], group_index: int) -> list[str]:
@@ -101,6 +101,8 @@ def _problem(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mappi
         if dtype not in SUPPORTED_DTYPES:
             hint = "; keep real and imaginary parts as a real tensor, torch.view_as_real" if dtype.is_complex else ""
             return f"{what} is {dtype}, and only float32, bfloat16, float16 and float64 are supported{hint}"
+    if param.layout != torch.strided:
+        return f"it is sparse ({param.layout}), and only dense parameters are supported"
     if param.device.type == "meta":
         return "it is on the meta device; give the model real memory first, e.g. model.to_empty(device=...)"
     if grad.shape != param.shape:

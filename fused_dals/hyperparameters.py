@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from fused_dals.depth_rule import DepthRule, check_depth
+from fused_dals.depth_rule import DepthRule, check_depth, shown
 
 
 class DALSOptions(TypedDict, total=False):
@@ -42,8 +42,12 @@ class DALSOptions(TypedDict, total=False):
 #: Run state that every group carries as plain numbers, so that any checkpoint format takes it along.
 COUNTERS = ("step", "loss_ema", "loss_drop", "skipped_steps")
 
-#: What every group has, besides lr.
-HYPERPARAMETERS = tuple(key for key in DALSOptions.__annotations__ if key not in ("depth", "amp_fused"))
+#: Hyperparameters that decide which path serves a parameter and what state it has; all others are numbers in tables.
+PLAN_KEYS = ("foreach", "fused", "state_dtype", "compensated", "capturable")
+TABLE_KEYS = tuple(key for key in DALSOptions.__annotations__ if key not in (*PLAN_KEYS, "depth", "amp_fused"))
+
+#: The largest float32: torch refuses a larger scalar for the state's arithmetic.
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 _KNOWN_KEYS = {"params", "lr", *DALSOptions.__annotations__, *COUNTERS}
 
@@ -58,6 +62,25 @@ def check_group_keys(group: Mapping[str, Any], where: str) -> None:
             raise TypeError(f"{where}: unknown key {key!r}; did you mean {close[0]!r}?")
 
 
+def check_params(params: Any, where: str) -> Any:
+    """``params`` of a group, listed, or an error that names the entry which is no tensor and no (name, tensor) pair."""
+    if isinstance(params, Tensor | set):  # torch wraps the one and refuses the other
+        return params
+    if not isinstance(params, Iterable):
+        raise TypeError(f"{where}: 'params' must be a tensor or an iterable of tensors, got {type(params).__name__}")
+    params = list(params)
+    for position, entry in enumerate(params):
+        if isinstance(entry, tuple) and not (len(entry) == 2 and isinstance(entry[0], str)):
+            raise TypeError(f"{where}: 'params' entry {position} must be a tensor or a pair (name, tensor)")
+    return params
+
+
+def check_names(names: Any, where: str) -> None:
+    """Raise TypeError unless ``names`` is what a group may have as param_names: strings, or None."""
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise TypeError(f"{where}: param_names must be a list of strings, got {shown(names)}")
+
+
 def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
     """Raise TypeError or ValueError, naming ``where`` and the argument, unless every hyperparameter is sound.
 
@@ -70,13 +93,15 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
         try:
             fine = valid(group[name])
         except (TypeError, ValueError):
-            raise TypeError(f"{where}: {name} must be {expected}, got {group[name]!r}") from None
+            raise TypeError(f"{where}: {name} must be {expected}, got {shown(group[name])}") from None
+        except OverflowError:  # an integer that no float can hold
+            fine = False
         if not fine:
-            raise ValueError(f"{where}: {name} must be {expected}, got {group[name]!r}")
+            raise ValueError(f"{where}: {name} must be {expected}, got {shown(group[name])}")
 
     check("lr", _is_lr, "a finite number >= 0 or a tensor with one such element")
     check("momentum", lambda x: 0 <= _number(x) < 1, "a number in [0, 1)")
-    check("weight_decay", lambda x: 0 <= _number(x) < math.inf, "a finite number >= 0")
+    check("weight_decay", lambda x: 0 <= _number(x) <= FLOAT32_MAX, "a finite number >= 0, in single precision too")
     check("trust_coefficient", lambda x: 0 < _number(x) < math.inf, "a finite number > 0")
     check("trust_clip", _is_clip, "a pair (low, high) with 0 <= low <= high and low finite")
     check(
@@ -85,9 +110,9 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
         "three numbers in [0, 1], one per phase (1 bypasses the filter)",
     )
     check("phase_thresholds", _is_thresholds, "a pair (t1, t2) of finite numbers with t1 >= t2")
-    check("total_steps", _is_steps, "None or an integer >= 1")
+    check("total_steps", _is_steps, "None or an integer >= 1 of 63 bits")
     check("warmup_fraction", lambda x: 0 <= _number(x) <= 1, "a number in [0, 1]")
-    check("restart_steps", _is_steps, "None or an integer >= 1")
+    check("restart_steps", _is_steps, "None or an integer >= 1 of 63 bits")
     check("restart_mult", lambda x: 1 <= _number(x) < math.inf, "a finite number >= 1")
     check("max_grad_norm", lambda x: x is None or 0 < _number(x) < math.inf, "None or a finite number > 0")
     check("state_dtype", _is_state_dtype, "torch.float32 or torch.bfloat16")
@@ -127,15 +152,22 @@ def check_counters(group: Mapping[str, Any], where: str) -> None:
         if name not in group:
             raise ValueError(f"{where}: {name!r} is missing; was this checkpoint written by another optimizer?")
         value = group[name]
-        if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-            raise TypeError(f"{where}: {name!r} must be a number, got {value!r}")
+        try:
+            fine = not math.isnan(_number(value))
+        except (TypeError, OverflowError):
+            fine = False
+        if not fine:
+            raise TypeError(f"{where}: {name!r} must be a number, got {shown(value)}")
     for name in ("step", "skipped_steps"):
-        if not isinstance(group[name], Integral) or group[name] < 0:
-            raise ValueError(f"{where}: {name!r} must be an integer >= 0, got {group[name]!r}")
+        if not isinstance(group[name], Integral) or not 0 <= int(group[name]) < 2**53:
+            raise ValueError(f"{where}: {name!r} must be an integer >= 0 of 53 bits, got {shown(group[name])}")
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    """An int, a float or one of NumPy's as a float; no other Real, which torch cannot multiply with."""
+    if isinstance(value, Real) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError
     return float(value)
 
@@ -161,7 +193,7 @@ def _is_state_dtype(dtype: Any) -> bool:
 def _is_lr(lr: Any) -> bool:
     if not isinstance(lr, Tensor):
         return 0 <= _number(lr) < math.inf
-    if lr.numel() != 1 or not lr.is_floating_point():
+    if lr.numel() != 1 or not lr.is_floating_point() or lr.device.type == "meta":
         return False
     return lr.device.type != "cpu" or 0 <= lr.item() < math.inf
 
@@ -179,4 +211,4 @@ def _is_steps(steps: Any) -> bool:
         return True
     if isinstance(steps, bool) or not isinstance(steps, Integral):
         raise TypeError
-    return int(steps) >= 1
+    return 1 <= int(steps) < 2**63

@@ -4,51 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor
 
-from fused_dals.hyperparameters import HYPERPARAMETERS, check_hyperparameters
+from fused_dals.hyperparameters import PLAN_KEYS, TABLE_KEYS, check_hyperparameters, check_names
 
-_values = itemgetter(*HYPERPARAMETERS)
+_plan_values, _table_values = itemgetter(*PLAN_KEYS), itemgetter(*TABLE_KEYS)
+
+
+@dataclass
+class _Seen:
+    """A group's hyperparameters as they were last found sound."""
+
+    plan: tuple[Any, ...] = ()
+    table: tuple[Any, ...] = ()
+    names: Any = None
+    lr: Any = None
 
 
 @dataclass
 class LiveGroups:
-    """The hyperparameters of every group as they were last found sound."""
+    """Checks every group again when one of its values is another object than at the last step.
 
-    seen: list[tuple[Any, ...]] = field(default_factory=list)
-    lrs: list[Any] = field(default_factory=list)
-    #: Goes up whenever anything but a learning rate changed, and whenever anything did: plans and tables follow these.
+    Identity is what tells False from 0, costs no comparison of arrays or tensors, and is quick; a list never is the tuple
+    that was kept of it, so that one changed in place is noticed.
+    """
+
+    seen: list[_Seen] = field(default_factory=list)
+    #: Go up whenever a group changed what plans depend on (path, state, depth, names), and whenever anything changed.
     plans: int = 0
     tables: int = 0
 
     def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Raise as check_hyperparameters does where a group changed and is not sound; else remember it."""
+        """Raise TypeError or ValueError where a group changed and is not sound; else remember it."""
         if len(groups) != len(self.seen):
-            self.seen, self.lrs = [()] * len(groups), [None] * len(groups)
-        for index, group in enumerate(groups):
+            self.seen = [_Seen() for _ in groups]
+        for index, (group, seen) in enumerate(zip(groups, self.seen, strict=True)):
             try:
-                values = _values(group), group.get("depth"), tuple(group.get("param_names", ()))
-                lr = _comparable_lr(group["lr"])
-                same_plan, same_lr = bool(values == self.seen[index]), bool(lr == self.lrs[index])
-            except (KeyError, TypeError, RuntimeError, ValueError):  # missing, or an array in a number's place
-                self.seen[index] = ()
+                plan, table, lr = (*_plan_values(group), group.get("depth")), _table_values(group), group["lr"]
+            except KeyError:
                 check_hyperparameters(group, f"group {index}")
                 raise
-            if same_plan and same_lr:
-                continue
+            names = group.get("param_names")
+            names = tuple(names) if isinstance(names, list) else names
+            same_plan = len(plan) == len(seen.plan) and all(map(is_, plan, seen.plan)) and _equal(names, seen.names)
+            same_table = len(table) == len(seen.table) and all(map(is_, table, seen.table))
+            known_lr = _known_lr(lr)
+            if same_plan and same_table and type(known_lr) is type(seen.lr) and known_lr == seen.lr:
+                if "params" in group:
+                    continue
+            self.seen[index] = _Seen()
+            if "params" not in group:
+                raise ValueError(f"group {index}: 'params' is missing")
             check_hyperparameters(group, f"group {index}")
-            # A list that the user keeps and changes in place never equals what was seen: it is checked at every step.
-            frozen = tuple(tuple(value) if isinstance(value, list) else value for value in values[0])
-            self.seen[index], self.lrs[index] = (frozen, *values[1:]), lr
+            check_names(names, f"group {index}")
+            frozen = tuple(tuple(value) if isinstance(value, list) else value for value in table)
+            self.seen[index] = _Seen(plan, frozen, names, known_lr)
             self.tables += 1
             self.plans += not same_plan
 
 
-def _comparable_lr(lr: Any) -> Any:
-    """Something that is equal as long as the learning rate is as sound and in the same place as before."""
+def _known_lr(lr: Any) -> Any:
+    """Something that stays equal as long as the learning rate is as sound, and in the same place, as before."""
     if not isinstance(lr, Tensor):
-        return lr
-    return lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else id(lr)
+        return lr if isinstance(lr, int | float) else object()
+    return (lr.item(),) if lr.device.type == "cpu" and lr.numel() == 1 else (id(lr), None)
+
+
+def _equal(names: Any, seen: Any) -> bool:
+    return isinstance(names, tuple | None) and bool(names == seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -13,7 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from fused_dals.checkpoint import load_checkpoint
 from fused_dals.depth_rule import DepthMap, DepthRule, check_depth_keys, check_rule
 from fused_dals.gather import create_missing_state, group_labels, parameter_names, unique_labels
-from fused_dals.hyperparameters import check_flag, check_group_keys, check_hyperparameters, plain
+from fused_dals.hyperparameters import (
+    check_flag,
+    check_group_keys,
+    check_hyperparameters,
+    check_names,
+    check_params,
+    plain,
+)
 from fused_dals.kernels import layout
 from fused_dals.loss_signal import watch
 from fused_dals.phase import select_by_phase
@@ -146,6 +154,8 @@ class DALS(torch.optim.Optimizer):
         if isinstance(params, nn.Module):
             params = list(params.named_parameters())
             names = [name for name, _ in params]
+        elif not isinstance(params, Iterable):
+            raise TypeError(f"{where}: params must be a module or an iterable of tensors, got {type(params).__name__}")
         self._runtime = Runtime(DepthMap(depth, where, names), amp_fused)
         super().__init__(params, defaults)
         check_depth_keys(depth, self._runtime.depths.names, where)
@@ -164,6 +174,8 @@ class DALS(torch.optim.Optimizer):
         if isinstance(param_group["params"], nn.Module):
             raise TypeError(f"{where}: 'params' is a module; pass its named_parameters()")
         check_group_keys(param_group, where)
+        check_names(param_group.get("param_names"), where)
+        param_group["params"] = check_params(param_group["params"], where)
         depths = self._runtime.depths
         rule = check_rule(param_group.get("depth", depths.rule), where)
         hyperparameters = {**self.defaults, **param_group, "depth": None}
@@ -304,7 +316,8 @@ class DALS(torch.optim.Optimizer):
         Existing state tensors keep their memory; parameters and their names stay. A checkpoint that does not fit
         raises a ValueError or TypeError that names the entry, and changes nothing.
         """
-        state_dict = state_dict.copy()
+        if isinstance(state_dict, Mapping):  # load_checkpoint says what is wrong with anything else
+            state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         self._runtime.state.restore(load_checkpoint(self, state_dict))

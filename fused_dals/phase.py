@@ -45,7 +45,7 @@ def select_by_phase(
 
     Phase 0 if ``D > t1``, else 1 if ``D > t2``, else 2; phase 1 while no loss has been observed.
     """
-    t1, t2 = phase_thresholds
+    t1, t2 = map(float, phase_thresholds)
     exploration, exploitation, refinement = (torch.full_like(loss_drop, float(value)) for value in values)
     chosen = torch.where(loss_drop > t1, exploration, torch.where(loss_drop > t2, exploitation, refinement))
     return torch.where(torch.isinf(loss_ema), exploitation, chosen)

@@ -44,10 +44,10 @@ class StepScalars:
         return {
             "ema_decay": alpha,
             "bypass": bypass,
-            "weight_decay": group["weight_decay"],
-            "trust_coefficient": group["trust_coefficient"],
-            "trust_clip": group["trust_clip"],
-            "momentum": group["momentum"],
+            "weight_decay": float(group["weight_decay"]),
+            "trust_coefficient": float(group["trust_coefficient"]),
+            "trust_clip": tuple(map(float, group["trust_clip"])),
+            "momentum": float(group["momentum"]),
             "lr": self._lr(group),
             "grad_factor": self._grad_factor(group),
         }

@@ -46,7 +46,7 @@ def cosine_restarts(t: int, restart_steps: int, restart_mult: float) -> float:
     while position >= length:
         position -= length
         scale *= restart_mult
-        length = math.floor(restart_steps * scale)
+        length = math.floor(min(restart_steps * scale, 2.0**63))  # beyond any count of steps
     return (1.0 + math.cos(math.pi * position / length)) / 2.0
 
 

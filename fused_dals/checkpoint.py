@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, empty_state, parameter_label, state_dtypes
+from fused_dals.depth_rule import shown
+from fused_dals.gather import (
+    COMPENSATION_KEY,
+    STATE_KEYS,
+    SUPPORTED_DTYPES,
+    empty_state,
+    parameter_label,
+    state_dtypes,
+)
 from fused_dals.hyperparameters import COUNTERS, check_counters, check_hyperparameters
 
 
+@torch.no_grad()  # a saved tensor may require gradients, state must not
 def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, float]:
     """Put ``state_dict`` into ``optimizer``'s groups and state; returns the counters (step, loss_ema, loss_drop).
 
@@ -30,6 +39,7 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
     saved_groups = _checked_groups(groups, state_dict)
     dtypes: dict[Tensor, dict[str, torch.dtype]] = {}
     loaded = _checked_state(groups, saved_groups, state_dict["state"], dtypes)
+    _keep_swapped(optimizer, loaded)
 
     for param in [param for param in optimizer.state if param not in loaded]:
         del optimizer.state[param]
@@ -54,18 +64,23 @@ def _converts(have: torch.dtype, wanted: torch.dtype) -> bool:
 
 
 def _checked_groups(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    _check_kind(state_dict, Mapping, "a dict", "checkpoint")
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"checkpoint: {key!r} is missing; expected what state_dict() returned")
     saved_groups = state_dict["param_groups"]
+    _check_kind(saved_groups, list | tuple, "a list", "checkpoint: 'param_groups'")
+    _check_kind(state_dict["state"], Mapping, "a dict", "checkpoint: 'state'")
     if len(groups) != len(saved_groups):
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, not {len(groups)}"
         )
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         where = f"checkpoint, group {index}"
+        _check_kind(saved, Mapping, "a dict", where)
         if "params" not in saved:
             raise ValueError(f"{where}: 'params' is missing")
+        _check_kind(saved["params"], list | tuple, "a list", f"{where}: 'params'")
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
                 f"{where}: loaded state dict contains a parameter group that doesn't match the size of optimizer's "
@@ -76,7 +91,22 @@ def _checked_groups(groups: list[dict[str, Any]], state_dict: Mapping[str, Any])
         for key in COUNTERS:
             if saved[key] != saved_groups[0][key]:
                 raise ValueError(f"{where}: {key!r} is {saved[key]}, in group 0 it is {saved_groups[0][key]}")
-    return copy.deepcopy(list(saved_groups))
+    return [_copied(saved, f"checkpoint, group {index}") for index, saved in enumerate(saved_groups)]
+
+
+def _copied(group: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fresh = {}
+    for key, value in group.items():
+        try:
+            fresh[key] = copy.deepcopy(value)
+        except Exception as error:
+            raise TypeError(f"{where}: {key!r} cannot be copied: {error}") from error
+    return fresh
+
+
+def _check_kind(value: object, kind: Any, expected: str, what: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} must be {expected}, got {type(value).__name__}")
 
 
 def _checked_state(
@@ -88,14 +118,23 @@ def _checked_state(
     """The saved state by parameter; ``dtypes`` receives what each is to be stored in, by the checkpoint's groups."""
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
     saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))
-    place_of = dict(zip(saved_ids, places, strict=True))
+    place_of: dict[Any, tuple[int, int]] = {}
+    for saved_id, place in zip(saved_ids, places, strict=True):
+        try:
+            twice = saved_id in place_of
+        except TypeError:
+            raise TypeError(f"checkpoint, group {place[0]}: 'params' has {shown(saved_id)}, not a number") from None
+        if twice:
+            raise ValueError(f"checkpoint, group {place[0]}: 'params' has {shown(saved_id)} a second time")
+        place_of[saved_id] = place
     loaded: dict[Tensor, Mapping[str, Tensor]] = {}
     for saved_id, entry in saved_state.items():
         if saved_id not in place_of:
-            raise ValueError(f"checkpoint: state entry {saved_id!r} belongs to no parameter of its groups")
+            raise ValueError(f"checkpoint: state entry {shown(saved_id)} belongs to no parameter of its groups")
         group_index, position = place_of[saved_id]
         param = groups[group_index]["params"][position]
         label = parameter_label(groups[group_index], group_index, position)
+        _check_kind(entry, Mapping, "a dict", f"checkpoint: state of parameter {label!r}")
         if not entry:
             continue
         dtypes[param] = state_dtypes(param, saved_groups[group_index])
@@ -110,6 +149,12 @@ def _checked_state(
             if not isinstance(value, Tensor) or (value.dtype != dtype and not _converts(value.dtype, dtype)):
                 wanted = "floating" if dtype.is_floating_point else str(dtype)
                 raise TypeError(f"checkpoint: {key} of parameter {label!r} must be a {wanted} tensor, got {kind}")
+            known = value.dtype == dtype or value.dtype in SUPPORTED_DTYPES
+            if value.layout != torch.strided or value.device.type == "meta" or not known:
+                raise TypeError(
+                    f"checkpoint: {key} of parameter {label!r} must be a dense tensor with values of 16 to 64 bits, "
+                    f"got {value.dtype}, {value.layout}, on {value.device}"
+                )
             if value.shape != param.shape:
                 raise ValueError(
                     f"checkpoint: {key} of parameter {label!r} has shape {tuple(value.shape)}, "
@@ -117,3 +162,14 @@ def _checked_state(
                 )
         loaded[param] = dict(entry)  # torch's state_dict() hands out live dicts, which loading writes into
     return loaded
+
+
+def _keep_swapped(optimizer: Optimizer, loaded: dict[Tensor, Mapping[str, Tensor]]) -> None:
+    """Copy what is the optimizer's own state, saved for another place: loading would write over it before reading."""
+    own = {id(value) for entry in optimizer.state.values() for value in entry.values()}
+    for param, entry in loaded.items():
+        current = optimizer.state.get(param, {})
+        loaded[param] = {
+            key: value.clone() if id(value) in own and value is not current.get(key) else value
+            for key, value in entry.items()
+        }

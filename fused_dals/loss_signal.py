@@ -98,7 +98,12 @@ def _as_scalar(loss: Tensor | float) -> Tensor:
     if not isinstance(loss, Tensor):
         if not hasattr(loss, "__float__"):
             raise TypeError(f"loss must be a number or a scalar tensor, got {type(loss).__name__}")
-        return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
+        try:
+            return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
+        except (TypeError, OverflowError) as error:
+            raise TypeError(f"loss must be a number or a scalar tensor: {error}") from None
+    if loss.layout != torch.strided or loss.device.type == "meta":
+        raise TypeError(f"loss must be a dense tensor with a value, got {loss.layout} on {loss.device}")
     if loss.numel() != 1:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}; pass its mean, loss.mean()")
     if loss.is_complex():

@@ -28,8 +28,8 @@ class _Seen:
 class LiveGroups:
     """Checks every group again when one of its values is another object than at the last step.
 
-    Identity is what tells False from 0, costs no comparison of arrays or tensors, and is quick; a list never is the tuple
-    that was kept of it, so that one changed in place is noticed.
+    Identity tells False from 0, compares no arrays or tensors, and is quick; a list never is the tuple that was kept of
+    it, so that one changed in place is noticed.
     """
 
     seen: list[_Seen] = field(default_factory=list)
@@ -52,9 +52,9 @@ class LiveGroups:
             same_plan = len(plan) == len(seen.plan) and all(map(is_, plan, seen.plan)) and _equal(names, seen.names)
             same_table = len(table) == len(seen.table) and all(map(is_, table, seen.table))
             known_lr = _known_lr(lr)
-            if same_plan and same_table and type(known_lr) is type(seen.lr) and known_lr == seen.lr:
-                if "params" in group:
-                    continue
+            same_lr = type(known_lr) is type(seen.lr) and known_lr == seen.lr
+            if same_plan and same_table and same_lr and "params" in group:
+                continue
             self.seen[index] = _Seen()
             if "params" not in group:
                 raise ValueError(f"group {index}: 'params' is missing")

@@ -44,10 +44,12 @@ class Runtime:
     warned: set[str] = field(default_factory=set)
     fused: dict[torch.device, FusedPass] = field(default_factory=dict)
     steady: Steady | None = None
+    #: Address, size and strides of the parameters that were last seen to share no memory.
+    memory: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables of addresses are of no use to a copy: it builds its own at its first step.
-        return {**self.__dict__, "fused": {}, "steady": None}
+        return {**self.__dict__, "fused": {}, "steady": None, "memory": []}
 
     def depths_of(self, groups: Sequence[Mapping[str, Any]], index: int) -> list[float]:
         """Depth of every parameter of a group."""

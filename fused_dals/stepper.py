@@ -15,6 +15,7 @@ from fused_dals.foreach import dals_foreach_
 from fused_dals.fused import FusedPass, why_not_fused
 from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, TensorBatch, create_missing_state, gather, parameter_label
 from fused_dals.loss_signal import NO_LOSS_WARNING, to_scalar_device
+from fused_dals.overlap import find_overlap
 from fused_dals.reference import dals_reference_
 from fused_dals.rounding import place_key, random_bits
 from fused_dals.run_state import StepInputs
@@ -47,6 +48,7 @@ class Stepper:
             own_expanded_gradients(self.groups)
         steady = self._resume()
         batches = [] if steady else gather(self.groups, self.state)
+        self._check_memory(batches)
         device = steady.fused.device if steady else self._home(batches)
         capturing = is_capturing(device)
         if capturing:
@@ -82,6 +84,31 @@ class Stepper:
         numbers = self.runtime.state.numbers()
         for group in self.groups:
             group.update(numbers)
+
+    def _check_memory(self, batches: Sequence[TensorBatch]) -> None:
+        """Raise RuntimeError where parameters share memory: both would be stepped, in an order that nobody chose."""
+        params = [param for batch in batches for param in batch.params]
+        places = [(param.data_ptr(), param.numel(), param.stride()) for param in params]
+        if places == self.runtime.memory:
+            return
+        overlap = find_overlap(params)
+        if overlap is not None:
+            labels = [
+                parameter_label(self.groups[batch.group_index], batch.group_index, position)
+                for batch in batches
+                for position in batch.positions
+            ]
+            first, second = (labels[i] for i in overlap)
+            if overlap[0] == overlap[1]:
+                raise RuntimeError(
+                    f"DALS cannot step parameter {first!r}: several of its elements share memory, as in an expanded "
+                    "tensor; give it memory of its own, p.data = p.data.clone()"
+                )
+            raise RuntimeError(
+                f"DALS cannot step parameters {first!r} and {second!r}: they share memory and would be stepped twice; "
+                "tie weights by one nn.Parameter that both modules hold"
+            )
+        self.runtime.memory = places
 
     # -- which path -----------------------------------------------------------------------------------------------
 

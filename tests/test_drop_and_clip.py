@@ -129,7 +129,7 @@ def test_an_expanded_gradient_is_unscaled_once(path: dict[str, Any]) -> None:
     p = nn.Parameter(torch.ones(4, 3))
     optimizer = DALS([("w", p)], amp_fused=True, **path)
     p.grad = torch.tensor(16.0).expand(4, 3)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    vars(optimizer).update(grad_scale=torch.tensor(8.0), found_inf=torch.tensor(0.0))
     optimizer.step(loss=1.0)
     assert torch.equal(p.grad, torch.full((4, 3), 2.0))
 
@@ -139,7 +139,7 @@ def test_without_amp_fused_the_scaler_does_it_all() -> None:
     assert not DALS(model)._step_supports_amp_scaling and DALS(model, amp_fused=True)._step_supports_amp_scaling
     assert copy.deepcopy(DALS(model, amp_fused=True))._step_supports_amp_scaling
     with pytest.raises(TypeError, match="DALS: amp_fused must be True or False, got 1"):
-        DALS(model, amp_fused=1)  # type: ignore[arg-type]
+        DALS(model, amp_fused=1)
 
 
 # -- skip_nonfinite ---------------------------------------------------------------------------------------------------

@@ -116,6 +116,17 @@ KEYWORDS: dict[str, tuple[Values, Values]] = {
     "maximize": (st.booleans(), not_flags(None)),
     "foreach": (one_of(None, True, False), not_flags()),
     "fused": (one_of(None, False), not_flags()),
+    "max_grad_norm": (
+        st.floats(1e-3, 1e3) | one_of(None, 1, 2**200, *NUMPY_HALF),
+        not_numbers(0, 0.0, -1) | NEGATIVE,
+    ),
+    "skip_nonfinite": (st.booleans(), not_flags(None)),
+    "state_dtype": (
+        one_of(torch.float32, torch.bfloat16),
+        one_of(*ODD, *ARRAYS, *TENSORS, None, 0, True, "float32", torch.float16, torch.float64, torch.int8, float),
+    ),
+    "compensated": (st.booleans(), not_flags(None)),
+    "capturable": (st.booleans(), not_flags(None)),
 }
 
 #: Values that wrong ones may be mistaken for: 0 for False, 1 for True, 10 for 10.0.

@@ -91,12 +91,6 @@ def test_random_bits_are_even_and_differ_between_elements_steps_and_parameters(s
     assert len({tuple(bits[:4].tolist()) for bits in draws.values()}) == len(draws)
 
 
-def test_the_bits_of_an_element_beyond_32_bits_of_index() -> None:
-    """The same expression as the kernel's, at indices that no tensor of a test reaches."""
-    near = random_bits(torch.empty(4), 5, torch.tensor(9))
-    assert near.min() >= 0 and near.max() < 2**32 and len(set(near.tolist())) == 4
-
-
 class Bf16Net(ConvNet):
     """Parameters in bfloat16, the last layer in float32, as mixed models have them."""
 

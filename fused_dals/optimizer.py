@@ -305,9 +305,11 @@ class DALS(torch.optim.Optimizer):
             create_missing_state(self.param_groups, self.state, flat=lambda group, param: False)
         self._stepper().write_counters()
         packed: dict[str, Any] = super().state_dict()
-        packed["state"] = {
-            key: {name: _own_memory(value) for name, value in entry.items()} for key, entry in packed["state"].items()
-        }
+        if "state" in packed:  # a hook may have put anything in the dict's place, or into the state
+            packed["state"] = {
+                key: {name: _own_memory(value) for name, value in entry.items()} if isinstance(entry, dict) else entry
+                for key, entry in packed["state"].items()
+            }
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

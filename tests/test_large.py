@@ -18,7 +18,7 @@ from fused_dals.kernels import layout
 from fused_dals.run_state import RunState, StepInputs
 from fused_dals.worklist import STAGE_A, STAGE_B, packed_work_list, stage_order
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 BEYOND = [2**31 + 1, 2**31 + 3 * CHUNK + 77, 2**32, 2**32 + CHUNK - 1]
 

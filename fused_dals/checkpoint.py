@@ -53,8 +53,9 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
         for key in [key for key in (*STATE_KEYS, COMPENSATION_KEY) if key in current and key not in dtypes[param]]:
             del current[key]
     for group, saved_group in zip(groups, saved_groups, strict=True):
-        # The parameters and their names are this optimizer's; all other values are the checkpoint's.
-        group.update({key: value for key, value in saved_group.items() if key not in ("params", "param_names")})
+        # The parameters are this optimizer's, and so are their names where it has any; all else is the checkpoint's.
+        own = ("params", "param_names") if "param_names" in group else ("params",)
+        group.update({key: value for key, value in saved_group.items() if key not in own})
     return {key: saved_groups[0][key] for key in COUNTERS}
 
 

@@ -136,6 +136,14 @@ class DepthMap:
             return
         self._explicit |= found
 
+    def relabel(self, group_index: int, before: Iterable[str], after: Iterable[str]) -> None:
+        """Keep what was said of a group's parameters when a checkpoint gave them names."""
+        self._explicit |= {
+            (group_index, new): self._explicit[group_index, old]
+            for old, new in zip(before, after, strict=True)
+            if (group_index, old) in self._explicit
+        }
+
     def ranks_positions(self, group_index: int, labels: Iterable[str], fixed: float | None) -> bool:
         """Whether some parameter of an unnamed group gets its depth from its place in the group alone."""
         return fixed is None and any((group_index, label) not in self._explicit for label in labels)

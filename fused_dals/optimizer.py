@@ -315,14 +315,19 @@ class DALS(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, bit for bit: state in its own precision, schedule and phase included.
 
-        Existing state tensors keep their memory; parameters and their names stay. A checkpoint that does not fit
-        raises a ValueError or TypeError that names the entry, and changes nothing.
+        Existing state tensors keep their memory; parameters and their names stay, and names that only the checkpoint
+        has are taken over. A checkpoint that does not fit raises a ValueError or TypeError that names the entry, and
+        changes nothing.
         """
         if isinstance(state_dict, Mapping):  # load_checkpoint says what is wrong with anything else
             state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        groups = self.param_groups
+        labels = [group_labels(group, index) for index, group in enumerate(groups)]
         self._runtime.state.restore(load_checkpoint(self, state_dict))
+        for index, before in enumerate(labels):
+            self._runtime.depths.relabel(index, before, group_labels(groups[index], index))
         self._runtime.loss.forget()
         self._runtime.trust_ratios = []
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -26,6 +26,9 @@ from fused_dals.gather import (
 )
 from fused_dals.hyperparameters import COUNTERS, check_counters, check_hyperparameters
 
+#: Keys that the checkpoints of the first days did not have: the optimizer's own values stand in.
+ADDED_LATER = ("skipped_steps", "max_grad_norm", "skip_nonfinite", "state_dtype", "compensated", "capturable")
+
 
 @torch.no_grad()  # a saved tensor may require gradients, state must not
 def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, float]:
@@ -76,9 +79,11 @@ def _checked_groups(groups: list[dict[str, Any]], state_dict: Mapping[str, Any])
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, not {len(groups)}"
         )
+    complete = []
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         where = f"checkpoint, group {index}"
         _check_kind(saved, Mapping, "a dict", where)
+        saved = {**{key: group[key] for key in ADDED_LATER if key in group}, **saved}
         if "params" not in saved:
             raise ValueError(f"{where}: 'params' is missing")
         _check_kind(saved["params"], list | tuple, "a list", f"{where}: 'params'")
@@ -89,10 +94,11 @@ def _checked_groups(groups: list[dict[str, Any]], state_dict: Mapping[str, Any])
             )
         check_counters(saved, where)
         check_hyperparameters(saved, where)
+        complete.append(saved)
         for key in COUNTERS:
-            if saved[key] != saved_groups[0][key]:
-                raise ValueError(f"{where}: {key!r} is {saved[key]}, in group 0 it is {saved_groups[0][key]}")
-    return [_copied(saved, f"checkpoint, group {index}") for index, saved in enumerate(saved_groups)]
+            if saved[key] != complete[0][key]:
+                raise ValueError(f"{where}: {key!r} is {saved[key]}, in group 0 it is {complete[0][key]}")
+    return [_copied(saved, f"checkpoint, group {index}") for index, saved in enumerate(complete)]
 
 
 def _copied(group: Mapping[str, Any], where: str) -> dict[str, Any]:

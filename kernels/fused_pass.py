@@ -259,8 +259,8 @@ def fused_pass(
                 p_square = 0.0
                 u_square = 0.0
                 stop = tl.minimum(start + CHUNK, numel)
-                for piece in range(0, stop - start, PIECE):
-                    at = start + piece + tl.arange(0, PIECE)
+                for piece in range(start, stop, PIECE):
+                    at = piece + tl.arange(0, PIECE).to(tl.int64)
                     mask = at < stop
                     p_at = at
                     g_at = at
@@ -305,8 +305,8 @@ def fused_pass(
                 m_ptr = m_address.to(tl.pointer_type(STATE_TYPE))
                 c_ptr = c_address.to(tl.pointer_type(tl.int16))
                 stop = tl.minimum(start + CHUNK, numel)
-                for piece in range(0, stop - start, PIECE):
-                    at = start + piece + tl.arange(0, PIECE)
+                for piece in range(start, stop, PIECE):
+                    at = piece + tl.arange(0, PIECE).to(tl.int64)
                     mask = at < stop
                     p_at = at
                     g_at = at

@@ -63,8 +63,8 @@ def grad_scan(
         else:
             g_ptr = g_address.to(tl.pointer_type(GRAD_TYPE))
             stop = tl.minimum(start + CHUNK, numel)
-            for piece in range(0, stop - start, PIECE):
-                at = start + piece + tl.arange(0, PIECE)
+            for piece in range(start, stop, PIECE):
+                at = piece + tl.arange(0, PIECE).to(tl.int64)
                 g_at = at
                 if access == STRIDED:
                     _, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))

@@ -10,7 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Kept for the processes that run tests side by side, so that all have one seed.
 SEED = int(os.environ.get("FUSED_DALS_TEST_SEED", random.SystemRandom().randrange(2**31)))
+os.environ["FUSED_DALS_TEST_SEED"] = str(SEED)
 
 # One thread: the tensors of the tests are small, and test processes may share the cores.
 torch.set_num_threads(1)

@@ -136,7 +136,7 @@ def test_foreach_with_fused() -> None:
     [
         ([], ValueError, "empty parameter list"),
         (nn.ReLU(), ValueError, "empty parameter list"),
-        (iter([]), ValueError, "empty parameter list"),
+        ((), ValueError, "empty parameter list"),
         (torch.ones(3), TypeError, "iterable of Tensors or dicts"),
         ([1.0], TypeError, "can only optimize Tensors"),
         (["weight"], TypeError, "can only optimize Tensors"),

@@ -347,6 +347,9 @@ def test_tables_are_written_only_when_something_changed(seed: int) -> None:
     assert fused.preparations == 1, "gradients at new addresses need no more than their addresses"
     optimizer.param_groups[0]["momentum"] = 0.5
     optimizer.step(loss=1.0)
+    assert fused.preparations == 1, "a number needs no more than its group's row"
+    optimizer.param_groups[0]["depth"] = 0.5
+    optimizer.step(loss=1.0)
     assert fused.preparations == 2
 
 

@@ -24,6 +24,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from torch import Tensor, nn
 
 from fused_dals import DALS
+from fused_dals.checkpoint import ADDED_LATER
 from tests.exact import same
 from tests.helpers import PRESETS, mlp
 
@@ -443,7 +444,7 @@ def mutations() -> st.SearchStrategy[Mutation]:
             lambda g, kv: Mutation(("param_groups", g, kv[0]), to(kv[1]), (f"group {g}", kv[0])), group, wrong_value()
         ),
         build(
-            lambda g, k: Mutation(("param_groups", g, k), to(DELETE), (f"group {g}", k)),
+            lambda g, k: Mutation(("param_groups", g, k), to(DELETE), None if k in ADDED_LATER else (f"group {g}", k)),
             group,
             one_of(*DALS(net()).defaults),
         ),

@@ -234,7 +234,9 @@ def fused_pass(
         blend = tl.load(blends + tensor)
         key = 0
         if STATE_TYPE == tl.bfloat16:
-            key = mix(tl.load(row + ROUNDING_KEY).to(tl.int32) ^ tl.load(seed))
+            # No chunk straddles 2^32 elements: the upper half of the index is the same for all of it.
+            upper = ((chunk * CHUNK) >> 32).to(tl.int32)
+            key = mix(tl.load(row + ROUNDING_KEY).to(tl.int32) ^ tl.load(seed)) ^ mix(upper)
         start = chunk * CHUNK
         wide = (access == WIDE) & (start + CHUNK <= numel)
 

@@ -21,8 +21,8 @@ def mix(x):
 
 @triton.jit
 def random_bits(at, key):
-    """32 random bits for each element index (int64, any size)."""
-    return mix(at.to(tl.int32) ^ mix((at >> 32).to(tl.int32)) ^ key)
+    """32 random bits for each element index, of which the lower half counts; ``key`` has the upper one mixed in."""
+    return mix(at.to(tl.int32) ^ key)
 
 
 @triton.jit

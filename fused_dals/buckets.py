@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
+from fused_dals.host import table_on
 from fused_dals.kernels import layout
 from fused_dals.rounding import place_key
 from fused_dals.worklist import packed_work_list
@@ -81,7 +82,7 @@ class Bucket:
             self._plan(sizes, chunks, tensors)
         self.tensors = self._upload(rows)
         self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
-        self.blends = to_device(torch.tensor(tensors.blends, dtype=torch.float32), self.device)
+        self.blends = table_on(self.device, torch.tensor(tensors.blends, dtype=torch.float32))
         self.refresh_grads([g.data_ptr() for g in tensors.grads])
 
     def refresh_grads(self, addresses: list[int]) -> None:
@@ -101,7 +102,7 @@ class Bucket:
             window = int(WINDOW_SHARE_OF_L2 * _l2_bytes(self.device)) // (read * self.chunk)
         items = packed_work_list(chunks, window)
         self.item_count = len(items)
-        self.items = to_device(items if self.item_count else torch.zeros(1, dtype=torch.int64), self.device)
+        self.items = table_on(self.device, items if self.item_count else torch.zeros(1, dtype=torch.int64))
         self.partials = torch.empty(2 * max(1, sum(chunks)), dtype=torch.float32, device=self.device)
         self.grads = torch.empty(len(sizes), dtype=torch.int64, device=self.device)
         # A tensor without elements has no chunk that would write its ratio.
@@ -129,12 +130,7 @@ class Bucket:
         self.arrivals, self.ready, self.counter = sync.split(self._sync_parts())
 
     def _upload(self, values: Sequence[object]) -> Tensor:
-        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
-
-
-def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A table made on the host, copied to the device without waiting for it."""
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+        return table_on(self.device, torch.tensor(values, dtype=torch.int64))
 
 
 def tensors_of(

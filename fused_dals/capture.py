@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_dals import host
+
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the work of the current stream goes into a graph instead of running."""
@@ -21,7 +23,7 @@ def check_capturable(groups: Sequence[Mapping[str, Any]], *, has_state: bool) ->
         if not group["capturable"]:
             raise RuntimeError(f"{where}which needs capturable=True")
         lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        if isinstance(lr, Tensor) and host.knows(lr):
             raise RuntimeError(
                 f"{where}and lr is a tensor on the CPU, which replays would not read: put it on the parameters' device"
             )
@@ -34,7 +36,7 @@ def check_capturable(groups: Sequence[Mapping[str, Any]], *, has_state: bool) ->
 
 def check_loss_capturable(pending: Tensor | None) -> None:
     """Raise RuntimeError where the losses observed for a captured step are known to the host alone."""
-    if pending is not None and pending.device.type == "cpu":
+    if pending is not None and host.knows(pending):
         raise RuntimeError(
             "this step is being captured into a graph, and the observed loss is a number or on the CPU, which replays "
             "would not read: observe the loss tensor on the device"

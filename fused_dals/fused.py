@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,16 +69,8 @@ class Launch:
     bucket: Bucket
     key: BucketKey
     params: list[Tensor]
-    members: list[tuple[int, list[int]]]
-    baked: list[BakedTable]  # the gradients' addresses in captured graphs, which outlive the capture
-
-    def trust_ratios(self) -> list[TrustRatios]:
-        """Views of the ratios that the launch leaves on the device; the next one writes them anew."""
-        values = self.bucket.ratios.split([len(positions) for _, positions in self.members])
-        return [
-            TrustRatios(group_index, positions, ratio)
-            for (group_index, positions), ratio in zip(self.members, values, strict=True)
-        ]
+    members: list[TrustRatios]  # by group, views of what the launch leaves on the device and the next writes anew
+    baked: list[BakedTable] = field(default_factory=list)  # gradients' addresses in captured graphs, which outlive it
 
 
 class FusedPass:
@@ -126,8 +118,9 @@ class FusedPass:
                 self.buckets[key] = Bucket(self.device, window=self.window)
             tensors = tensors_of(members, state, blends)
             self.buckets[key].refresh(tensors)
-            places = [(batch.group_index, batch.positions) for batch in members]
-            self.launches.append(Launch(self.buckets[key], key, tensors.params, places, []))
+            ratios = self.buckets[key].ratios.split([len(batch.positions) for batch in members])
+            measured = [TrustRatios(b.group_index, b.positions, r) for b, r in zip(members, ratios, strict=True)]
+            self.launches.append(Launch(self.buckets[key], key, tensors.params, measured))
         counts = [launch.bucket.sync_count for launch in self.launches]
         self.sync = torch.empty(sum(counts), dtype=torch.int32, device=self.device)
         for launch, sync in zip(self.launches, self.sync.split(counts), strict=True):
@@ -141,7 +134,7 @@ class FusedPass:
         self._grad_addresses = [address for _, _, address in in_order]
         rank = {(group_index, position): i for i, (group_index, position, _) in enumerate(in_order)}
         self._grad_places = [
-            [rank[group_index, position] for group_index, positions in launch.members for position in positions]
+            [rank[member.group_index, position] for member in launch.members for position in member.positions]
             for launch in self.launches
         ]
 
@@ -206,7 +199,7 @@ class FusedPass:
                 self._launch_pass(launch, unscale=inputs.grad_scale is not None)
                 # Autograd must notice the writes that it cannot see.
                 torch.autograd.graph.increment_version(launch.params)
-                measured += launch.trust_ratios()
+                measured += launch.members
         return measured
 
     def _current_device(self) -> Any:

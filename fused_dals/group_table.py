@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_dals.buckets import to_device
 from fused_dals.capture import is_capturing
+from fused_dals.host import table_on
 from fused_dals.kernels import layout
 
 _NO_MAX_GRAD_NORM = -1.0
@@ -33,6 +33,8 @@ class GroupTable:
 
         Raises RuntimeError while a step is being captured: the copy from the host would not survive its replays.
         """
+        if version == self._version and not any(self._addresses):
+            return
         addresses = [_lr_address(group["lr"], self.device) for group in groups]
         if version == self._version and addresses == self._addresses:
             return
@@ -50,10 +52,10 @@ class GroupTable:
             self.scalars = torch.empty(count, len(layout.SCALAR_COLUMNS), dtype=torch.float32, device=self.device)
             self._rows, self._addresses = [], []
         if rows != self._rows:
-            self.rows.copy_(to_device(torch.tensor(rows, dtype=torch.float64), self.device))
+            self.rows.copy_(table_on(self.device, torch.tensor(rows, dtype=torch.float64)))
             self._rows = rows
         if addresses != self._addresses:
-            self.addresses.copy_(to_device(torch.tensor(addresses, dtype=torch.int64), self.device))
+            self.addresses.copy_(table_on(self.device, torch.tensor(addresses, dtype=torch.int64)))
             self._addresses = addresses
 
     def _row(self, group: Mapping[str, Any], lr_address: int) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from fused_dals import host
 from fused_dals.depth_rule import DepthRule, check_depth, shown
 
 
@@ -195,7 +196,7 @@ def _is_lr(lr: Any) -> bool:
         return 0 <= _number(lr) < math.inf
     if lr.numel() != 1 or not lr.is_floating_point() or lr.device.type == "meta":
         return False
-    return lr.device.type != "cpu" or 0 <= lr.item() < math.inf
+    return not host.knows(lr) or 0 <= lr.item() < math.inf
 
 
 def _is_clip(clip: Any) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fused_dals import host
+
 NO_LOSS_WARNING = (
     "{optimizer} has not been given a loss since it was made, loaded or copied: its phase stays as it is, 1 if there "
     "never was a loss. Pass the loss in one of four ways: "
@@ -40,13 +42,13 @@ class LossSignal:
         if self.pending is None:
             self.pending = value
         else:
-            self.pending = self.pending + to_scalar_device(value, self.pending.device)
+            self.pending = self.pending + host.scalars_on(self.pending.device, value)
         self._count += 1
         self.observed = True
 
     def take(self, device: torch.device) -> tuple[Tensor | None, int]:
         """Hand over the sum, on ``device``, and the number of the pending losses."""
-        total = None if self.pending is None else to_scalar_device(self.pending, device)
+        total = None if self.pending is None else host.scalars_on(device, self.pending)
         count = self._count
         self.pending, self._count = None, 0
         return total, count
@@ -108,16 +110,4 @@ def _as_scalar(loss: Tensor | float) -> Tensor:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}; pass its mean, loss.mean()")
     if loss.is_complex():
         raise TypeError(f"loss must be real, got {loss.dtype}")
-    return loss.detach().reshape(()).to(_widest(loss.device), copy=True)
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def to_scalar_device(scalar: Tensor, device: torch.device) -> Tensor:
-    """A small tensor on another device, in the widest type there; waits only where the host wants to know it."""
-    if device.type == "cuda" and scalar.device.type == "cpu":
-        scalar = scalar.pin_memory()  # a copy from pageable memory may wait for the device
-    # A copy off the device must be waited for, or the CPU would read a value that has not arrived.
-    return scalar.to(device, _widest(device), non_blocking=device.type != "cpu")
+    return loss.detach().reshape(()).to(host.widest(loss.device), copy=True)

@@ -13,15 +13,19 @@ The rules, which kernels/rounding.py follows bit for bit:
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
 _LOW_32 = 0xFFFFFFFF
 
 
 def place_key(group_index: int, position: int) -> int:
     """What tells one parameter's random bits from another's: where it stands in param_groups."""
-    return int(_mix(torch.tensor((group_index << 20) + position + 1, dtype=torch.int64)))
+    return _mix((group_index << 20) + position + 1)
 
 
 def step_seed(completed_steps: Tensor) -> Tensor:
@@ -29,15 +33,15 @@ def step_seed(completed_steps: Tensor) -> Tensor:
     return _mix(completed_steps.to(torch.int64))
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers that scatters neighbours; int64 in [0, 2^32) in and out, products stay exact."""
+def _mix(x: IntOrTensor) -> IntOrTensor:
+    """A bijection of 32-bit integers that scatters neighbours; numbers or int64 tensors in [0, 2^32) in and out."""
     x = x & _LOW_32
     x = _times(x ^ (x >> 16), 0x7FEB352D)
     x = _times(x ^ (x >> 15), 0x846CA68B)
     return x ^ (x >> 16)
 
 
-def _times(x: Tensor, factor: int) -> Tensor:
+def _times(x: IntOrTensor, factor: int) -> IntOrTensor:
     # int64 products of two 32-bit numbers wrap, which leaves their low 32 bits right.
     if factor >= 1 << 31:
         factor -= 1 << 32

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_dals import host
 from fused_dals.kernels import layout
-from fused_dals.loss_signal import to_scalar_device
 from fused_dals.phase import NO_LOSS_YET, update_loss_ema
 
 
@@ -37,7 +37,7 @@ class RunState:
     def move_to(self, device: torch.device) -> None:
         """Live on ``device`` from now on."""
         if self.values.device != device:
-            self.values = to_scalar_device(self.values, device)
+            self.values = host.scalars_on(device, self.values)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class StepInputs:
         if self.values.device == device:
             return self
         moved: dict[str, Any] = {
-            name: to_scalar_device(value, device)
+            name: host.scalars_on(device, value)
             for name in ("values", "loss_sum", "found_inf", "grad_scale", "scan")
             if (value := getattr(self, name)) is not None
         }

@@ -8,16 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_dals import host
 from fused_dals.kernels import layout
 from fused_dals.phase import select_by_phase
 from fused_dals.rounding import step_seed
 from fused_dals.run_state import StepInputs
 from fused_dals.schedule import schedule_factor, schedule_factor_of_tensor
-
-
-def known_to_host(tensor: Tensor) -> bool:
-    """Whether a number can be read without waiting for a device."""
-    return tensor.device.type == "cpu"
 
 
 def clip_factor(grad_norm: Tensor | None, max_grad_norm: float | None) -> Tensor | None:
@@ -33,7 +29,7 @@ class StepScalars:
     def __init__(self, inputs: StepInputs) -> None:
         self.inputs = inputs
         self.next_values = inputs.next_values()
-        self._on_host = known_to_host(inputs.values)
+        self._on_host = host.knows(inputs.values)
         dropped = inputs.dropped()
         self.dropped: bool | Tensor | None = bool(dropped) if dropped is not None and self._on_host else dropped
         self.seed = step_seed(inputs.completed_steps)
@@ -88,8 +84,8 @@ def scheduled_lr(group: Mapping[str, Any], completed_steps: Tensor) -> float | T
     device = completed_steps.device
     if isinstance(lr, Tensor):
         lr = lr.detach().reshape(())
-        lr = lr.item() if known_to_host(lr) else lr.to(device, non_blocking=device.type != "cpu")
-    if known_to_host(completed_steps):
+        lr = lr.item() if host.knows(lr) else lr.to(device, non_blocking=device.type != "cpu")
+    if host.knows(completed_steps):
         return lr * schedule_factor(int(completed_steps), **schedule)  # type: ignore[no-any-return]
     eta: float | Tensor = lr * schedule_factor_of_tensor(completed_steps, **schedule)
     return eta

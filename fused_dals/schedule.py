@@ -86,8 +86,9 @@ def schedule_factor_of_tensor(
         if restart_mult == 1:
             position, length = raised % restart_steps, torch.full_like(t, restart_steps)
         else:
-            cycle = torch.searchsorted(starts, raised.reshape(1), right=True)[0] - 1
-            position, length = raised - starts[cycle], lengths[cycle]
+            # One-element indices, because a 0-dim one would be read by the host.
+            cycle = torch.searchsorted(starts, raised.reshape(1), right=True) - 1
+            position, length = raised - starts[cycle].squeeze(0), lengths[cycle].squeeze(0)
         return (1 + torch.cos(math.pi * position / length)) / 2
     return 1.0
 

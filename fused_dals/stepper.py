@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_dals import host
 from fused_dals.capture import check_capturable, check_loss_capturable, is_capturing
 from fused_dals.fingerprint import take_fingerprint
 from fused_dals.foreach import dals_foreach_
 from fused_dals.fused import FusedPass, why_not_fused
 from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, TensorBatch, create_missing_state, gather, parameter_label
-from fused_dals.loss_signal import NO_LOSS_WARNING, to_scalar_device
+from fused_dals.loss_signal import NO_LOSS_WARNING
 from fused_dals.overlap import find_overlap
 from fused_dals.reference import dals_reference_
 from fused_dals.rounding import place_key, random_bits
 from fused_dals.run_state import StepInputs
 from fused_dals.runtime import Runtime, Steady
-from fused_dals.scalars import StepScalars, known_to_host
+from fused_dals.scalars import StepScalars
 from fused_dals.scan import own_expanded_gradients, scan_gradients
 from fused_dals.self_check import serves_by_default
 from fused_dals.stats import TrustRatios
@@ -48,7 +49,8 @@ class Stepper:
             own_expanded_gradients(self.groups)
         steady = self._resume()
         batches = [] if steady else gather(self.groups, self.state)
-        self._check_memory(batches)
+        if batches:
+            self._check_memory(batches)
         device = steady.fused.device if steady else self._home(batches)
         capturing = is_capturing(device)
         if capturing:
@@ -76,7 +78,7 @@ class Stepper:
         passes = self._prepare(fused)
         self._run(passes, others, device, found_inf, grad_scale)
         self._remember(passes, others)
-        if not passes and known_to_host(runtime.state.values):
+        if not passes and host.knows(runtime.state.values):
             self.write_counters()
 
     def write_counters(self) -> None:
@@ -191,10 +193,10 @@ class Stepper:
             runtime.state.values,
             loss_sum,
             loss_count,
-            None if found_inf is None else to_scalar_device(found_inf, home),
-            None if grad_scale is None else to_scalar_device(grad_scale, home),
+            None if found_inf is None else host.scalars_on(home, found_inf),
+            None if grad_scale is None else host.scalars_on(home, grad_scale),
             self._scan(passes, others, home),
-            any(group["skip_nonfinite"] for group in self.groups),
+            runtime.live_groups.skips,
         )
         # The pass at home moves the run state; everybody else works from a copy of what it was.
         before = replace(inputs, values=inputs.values.clone()) if len(passes) > 1 or (passes and others) else inputs
@@ -213,13 +215,12 @@ class Stepper:
 
     def _scan(self, passes: Sequence[FusedPass], others: Sequence[TensorBatch], home: torch.device) -> Tensor | None:
         """What clipping and skipping need to know of all gradients, float64 [k, 2]; None where nobody asks."""
-        clips = any(group["max_grad_norm"] is not None for group in self.groups)
-        if not clips and not any(group["skip_nonfinite"] for group in self.groups):
+        if not self.runtime.live_groups.clips and not self.runtime.live_groups.skips:
             return None
         rows = [fused.scan() for fused in passes] + [scan_gradients(batch.grads) for batch in others]
         if len(rows) == 1 and rows[0].device == home:
             return rows[0]
-        return torch.cat([to_scalar_device(some, home) for some in rows]) if rows else None
+        return torch.cat([host.scalars_on(home, some) for some in rows]) if rows else None
 
     def _step_batch(self, batch: TensorBatch, scalars: StepScalars) -> TrustRatios | None:
         """Run one batch through torch operations; None where the host knows that the step is dropped."""
@@ -271,10 +272,10 @@ class Stepper:
         """
         if self.state or self.runtime.loss.observed or not batches:
             return False
-        if not known_to_host(self.runtime.state.values) or self.runtime.state.numbers()["step"]:
+        if not host.knows(self.runtime.state.values) or self.runtime.state.numbers()["step"]:
             return False
         lrs = [group["lr"] for group in self.groups]
-        if any(isinstance(lr, Tensor) and not known_to_host(lr) for lr in lrs) or any(float(lr) != 0 for lr in lrs):
+        if any(isinstance(lr, Tensor) and not host.knows(lr) for lr in lrs) or any(float(lr) != 0 for lr in lrs):
             return False
         return not any(bool(grad.any()) for batch in batches for grad in batch.grads)
 

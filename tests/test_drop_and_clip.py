@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_dals import DALS, scalars
+from fused_dals import DALS, host, scalars
 from fused_dals.run_state import StepInputs
 from tests.helpers import ConvNet, batch, identical, snapshot, train_step
 
@@ -29,7 +29,7 @@ PATHS: dict[str, dict[str, Any]] = {
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Arguments for a path; one of them takes the CPU for a device whose numbers nobody may wait for."""
     if "device" in request.param:
-        monkeypatch.setattr(scalars, "known_to_host", lambda tensor: False)
+        monkeypatch.setattr(host, "knows", lambda tensor: False)
     return PATHS[request.param]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ class TensorBatch:
     positions: list[int] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
+
+    def only(self, chosen: Sequence[bool]) -> TensorBatch:
+        """The tensors for which ``chosen`` is true."""
+        positions, params, grads = compress(self.positions, chosen), compress(self.params, chosen), self.grads
+        return TensorBatch(self.group_index, list(positions), list(params), list(compress(grads, chosen)))
 
 
 def parameter_label(group: Mapping[str, Any], group_index: int, position: int) -> str:

@@ -119,24 +119,23 @@ class Stepper:
         return _device(batches[0]) if batches else self.runtime.state.values.device
 
     def _part(self, batches: Sequence[TensorBatch]) -> tuple[list[TensorBatch], list[TensorBatch]]:
-        """The batches that the kernels take, and all others."""
+        """What the kernels take, and all else; an error where a group demands what they cannot do."""
         fused: list[TensorBatch] = []
         others: list[TensorBatch] = []
         for batch in batches:
-            (fused if self._runs_fused(batch) else others).append(batch)
+            group, index = self.groups[batch.group_index], batch.group_index
+            if not self._flat(group, batch.params[0]):
+                others.append(batch)
+                continue
+            reasons = list(map(why_not_fused, batch.params, batch.grads))
+            for position, reason in zip(batch.positions, reasons, strict=True):
+                if reason and group["fused"]:
+                    label = parameter_label(group, index, position)
+                    raise RuntimeError(f"group {index}: fused=True cannot step parameter {label!r}: {reason}")
+            for served, part in ((True, fused), (False, others)):
+                chosen = batch.only([(reason == "") == served for reason in reasons])
+                part += [chosen] if chosen.params else []
         return fused, others
-
-    def _runs_fused(self, batch: TensorBatch) -> bool:
-        """Whether the kernels take this batch; an error where its group demands it and they cannot."""
-        group = self.groups[batch.group_index]
-        if not group["fused"]:
-            return self._flat(group, batch.params[0]) and not any(map(why_not_fused, batch.params, batch.grads))
-        for param, grad, position in zip(batch.params, batch.grads, batch.positions, strict=True):
-            reason = why_not_fused(param, grad)
-            if reason:
-                label = parameter_label(group, batch.group_index, position)
-                raise RuntimeError(f"group {batch.group_index}: fused=True cannot step parameter {label!r}: {reason}")
-        return True
 
     def _flat(self, group: dict[str, Any], param: Tensor) -> bool:
         """Whether the kernels are to serve this parameter, if nothing about its layout forbids it."""

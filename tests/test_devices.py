@@ -1,0 +1,222 @@
+"""Which path a device gets by default, and several devices in one optimizer.
+
+Without a GPU the CPU under another index stands in for a second device: the same code moves the same scalars to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fused_dals import DALS, self_check, stepper
+from fused_dals.fused import FusedPass
+from fused_dals.gather import TensorBatch
+from tests.helpers import ConvNet, batch, identical, snapshot, train_step
+
+pytest.importorskip("triton")
+
+CPU, OTHER = torch.device("cpu"), torch.device("cpu", 1)
+F32 = torch.float32
+
+
+# -- the default ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the steps that the kernels take, on a CPU that passes for a GPU on which they work."""
+    taken: list[int] = []
+    real = FusedPass.run
+
+    def run(self: FusedPass, *arguments: Any) -> Any:
+        taken.append(len(self.launches))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(FusedPass, "run", run)
+    monkeypatch.setattr(stepper, "serves_by_default", lambda param: param.dtype != torch.float64)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kernels"),
+    [
+        ({}, True),
+        ({"fused": True}, True),
+        ({"fused": False}, False),
+        ({"foreach": True}, False),
+        ({"foreach": False}, False),
+        ({"foreach": True, "fused": False}, False),
+    ],
+    ids=str,
+)
+def test_none_means_the_kernels_where_they_serve(arguments: dict[str, Any], kernels: bool, passes: list[int]) -> None:
+    model = ConvNet()
+    optimizer = DALS(model, **arguments)
+    for _ in range(2):
+        train_step(model, optimizer, batch(F32))
+    assert bool(passes) == kernels
+    storages = {entry["grad_ema"].untyped_storage().data_ptr() for entry in optimizer.state.values()}
+    assert (len(storages) == 1) == kernels, "state is flat for the kernels, and for them alone"
+
+
+def test_what_the_kernels_cannot_do_falls_back_silently(passes: list[int], seed: int) -> None:
+    """A float64 parameter, and one with more strides than they follow; the others still take the kernels."""
+    wide = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    tangled = nn.Parameter(torch.randn([2] * 8).permute(0, 2, 4, 6, 1, 3, 5, 7)[..., ::2])
+    plain = nn.Parameter(torch.randn(5))
+    optimizer = DALS([("wide", wide), ("tangled", tangled), ("plain", plain)])
+    twins = [p.detach().clone() for p in (wide, tangled, plain)]
+    for p in (wide, tangled, plain):
+        p.grad = torch.randn(p.shape, dtype=p.dtype).transpose(0, -1).contiguous().transpose(0, -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(loss=1.0)
+    assert passes and not any(torch.equal(p, twin) for p, twin in zip((wide, tangled, plain), twins, strict=True))
+    assert len(optimizer.trust_ratios()) == 3
+    assert optimizer.state[wide]["grad_ema"].dtype == torch.float64
+
+
+def test_off_the_gpu_the_default_is_foreach() -> None:
+    assert not self_check.serves_by_default(torch.ones(1))
+    model = ConvNet()
+    optimizer = DALS(model)
+    train_step(model, optimizer, batch(F32))
+    assert not optimizer._runtime.fused
+
+
+@pytest.fixture
+def fresh_check() -> Iterator[None]:
+    self_check.why_kernels_fail.cache_clear()
+    yield
+    self_check.why_kernels_fail.cache_clear()
+
+
+def test_kernels_that_work_pass_the_check_and_leave_the_generator_alone(fresh_check: None) -> None:
+    before = torch.get_rng_state()
+    assert self_check.why_kernels_fail(CPU) == ""
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_kernels_that_fail_are_told_once_and_left_alone(fresh_check: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: FusedPass, *arguments: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(FusedPass, "run", broken)
+    with pytest.warns(UserWarning, match="without its Triton kernels on cpu: RuntimeError: Failed to find C compiler"):
+        assert self_check.why_kernels_fail(CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_check.why_kernels_fail(CPU)
+
+
+def test_kernels_that_are_wrong_are_found_out(fresh_check: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = FusedPass.run
+
+    def wrong(self: FusedPass, *arguments: Any) -> Any:
+        measured = real(self, *arguments)
+        self.launches[0].params[1].mul_(1.001)
+        return measured
+
+    monkeypatch.setattr(FusedPass, "run", wrong)
+    with pytest.warns(UserWarning, match="their result is off by"):
+        assert self_check.why_kernels_fail(CPU)
+
+
+# -- several devices --------------------------------------------------------------------------------------------------
+
+PAIRS = {
+    "kernels on both": (True, True),
+    "kernels and foreach": (True, False),
+    "foreach and kernels": (False, True),
+    "foreach on both": (False, False),
+}
+
+
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of odd index live on the other device."""
+    monkeypatch.setattr(stepper, "_device", lambda batch: OTHER if batch.group_index % 2 else CPU)
+
+
+def in_groups(model: nn.Module, fused: tuple[bool, bool], **arguments: Any) -> DALS:
+    named = list(model.named_parameters())
+    parts = [named[:3], named[3:6], named[6:]]
+    groups = [{"params": part, "fused": fused[i % 2]} for i, part in enumerate(parts)]
+    return DALS(groups, depth=0.5, **arguments)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"total_steps": 7},
+        {"restart_steps": 3, "restart_mult": 1},
+        {"max_grad_norm": 0.3, "skip_nonfinite": True},
+        {"ema_decay": (1.0, 0.6, 0.7)},
+    ],
+    ids=lambda a: "-".join(a),
+)
+def test_two_devices_step_as_one(
+    pair: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    a = ConvNet()
+    b = copy.deepcopy(a)
+    apart, together = in_groups(a, PAIRS[pair], **arguments), in_groups(b, PAIRS[pair], **arguments)
+    data = batch(F32)
+    for step in range(5):
+        for model, optimizer in ((a, apart), (b, together)):
+            with monkeypatch.context() as patch:
+                if optimizer is apart:
+                    two_devices(patch)
+                if step == 2 and "skip_nonfinite" in arguments:
+                    loss = nn.functional.cross_entropy(model(data[0]), data[1])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    last = list(model.parameters())[4]
+                    last.grad = torch.full_like(last, math.nan)
+                    optimizer.step(loss=loss)
+                else:
+                    train_step(model, optimizer, data)
+    if "max_grad_norm" in arguments:  # sums of squares are added in another order
+        for x, y in zip(snapshot(a, apart), snapshot(b, together), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        assert apart.skipped_steps == together.skipped_steps == 1
+    else:
+        assert identical(snapshot(a, apart), snapshot(b, together))
+    assert apart.phases() == together.phases()
+    counters = [one.state_dict()["param_groups"][0] for one in (apart, together)]
+    assert counters[0]["step"] == counters[1]["step"] and counters[0]["loss_ema"] == pytest.approx(
+        counters[1]["loss_ema"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_infinite_gradients_on_one_device_drop_the_step_on_both(
+    pair: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """GradScaler sums found_inf over devices; so does skip_nonfinite."""
+    model = ConvNet()
+    optimizer = in_groups(model, PAIRS[pair], amp_fused=True)
+    two_devices(monkeypatch)
+    data = batch(F32)
+    train_step(model, optimizer, data)
+    before = snapshot(model, optimizer)
+    vars(optimizer).update(grad_scale=torch.tensor(2.0), found_inf=torch.tensor(1.0))
+    train_step(model, optimizer, data)
+    assert identical(before, snapshot(model, optimizer)) and optimizer.skipped_steps == 1
+    vars(optimizer).update(found_inf=torch.tensor(0.0))
+    train_step(model, optimizer, data)
+    assert not identical(before, snapshot(model, optimizer))
+
+
+def test_a_second_device_is_what_its_stand_in_is_taken_for() -> None:
+    """The negative control of this file: the two compare unequal, and batches are parted by them."""
+    assert CPU != OTHER and len({CPU, OTHER}) == 2
+    p = torch.ones(2)
+    assert stepper._device(TensorBatch(1, [0], [p], [p])) == CPU

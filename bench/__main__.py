@@ -8,6 +8,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "train a small task with the DALS family, SGD and AdamW; table, figure, JSON",
     "micro": "time one optimizer step on real parameter lists; table, JSON",
+    "host": "time what a fused step costs the host, launches left out; table, JSON",
     "codegen": "compile the kernels for several GPUs, without one: registers, spills, access widths; table, JSON",
     "gpu": "on a GPU: correctness of the kernels, races, launches, step time beside other optimizers; tables, JSON",
 }

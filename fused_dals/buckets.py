@@ -18,7 +18,7 @@ from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.host import table_on
 from fused_dals.kernels import layout
 from fused_dals.rounding import place_key
-from fused_dals.worklist import packed_work_list
+from fused_dals.worklist import packed_chunks, packed_work_list
 
 CHUNK: int = layout.CHUNK
 
@@ -83,14 +83,11 @@ class Bucket:
         self.tensors = self._upload(rows)
         self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
         self.blends = table_on(self.device, torch.tensor(tensors.blends, dtype=torch.float32))
-        self.refresh_grads([g.data_ptr() for g in tensors.grads])
+        self.refresh_grads(torch.tensor([g.data_ptr() for g in tensors.grads], dtype=torch.int64))
 
-    def refresh_grads(self, addresses: list[int]) -> None:
+    def refresh_grads(self, addresses: Tensor) -> None:
         """Point to gradients elsewhere, of the same strides and as well aligned; the table keeps its memory."""
-        table = torch.tensor(addresses, dtype=torch.int64)
-        if self.device.type != "cpu":
-            table = table.pin_memory()
-        self.grads.copy_(table, non_blocking=True)
+        self.grads.copy_(addresses if self.device.type == "cpu" else addresses.pin_memory(), non_blocking=True)
 
     def _plan(self, sizes: list[int], chunks: list[int], tensors: FusedTensors) -> None:
         """The work list and the scratch memory, which depend on sizes alone."""
@@ -110,9 +107,9 @@ class Bucket:
         self._scan_items: Tensor | None = None
 
     def scan_items(self) -> Tensor:
-        """Every chunk once, packed as in the work list, in its order; made when first asked for."""
+        """Every chunk once, packed as in the work list; made when first asked for."""
         if self._scan_items is None:
-            self._scan_items = self.items[: self.item_count][(self.items[: self.item_count] & 1) == 0]
+            self._scan_items = table_on(self.device, packed_chunks([-(-size // self.chunk) for size in self.sizes]))
         return self._scan_items
 
     @property

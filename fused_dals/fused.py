@@ -132,9 +132,12 @@ class FusedPass:
             for position, grad in zip(batch.positions, batch.grads, strict=True)
         )
         self._grad_addresses = [address for _, _, address in in_order]
+        self._grad_table = torch.tensor(self._grad_addresses, dtype=torch.int64, device="cpu")
         rank = {(group_index, position): i for i, (group_index, position, _) in enumerate(in_order)}
         self._grad_places = [
-            [rank[member.group_index, position] for member in launch.members for position in member.positions]
+            torch.tensor(
+                [rank[member.group_index, position] for member in launch.members for position in member.positions]
+            )
             for launch in self.launches
         ]
 
@@ -147,17 +150,17 @@ class FusedPass:
         capturing = is_capturing(self.device)
         if addresses == self._grad_addresses and not capturing:
             return True
-        if any((new ^ old) % WIDE_BYTES for new, old in zip(addresses, self._grad_addresses, strict=True)):
+        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        if ((table ^ self._grad_table) % WIDE_BYTES).any():
             return False
         for launch, places in zip(self.launches, self._grad_places, strict=True):
-            in_order = [addresses[place] for place in places]
             if capturing:
-                launch.baked.append(BakedTable(len(in_order), self.device))
-                launch.baked[-1].write(in_order)
+                launch.baked.append(BakedTable(len(places), self.device))
+                launch.baked[-1].write(table[places].tolist())
             else:
-                launch.bucket.refresh_grads(in_order)
+                launch.bucket.refresh_grads(table[places])
         if not capturing:
-            self._grad_addresses = addresses
+            self._grad_addresses, self._grad_table = addresses, table
         return True
 
     def scan(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,11 @@ class StepScalars:
         self._on_host = host.knows(inputs.values)
         dropped = inputs.dropped()
         self.dropped: bool | Tensor | None = bool(dropped) if dropped is not None and self._on_host else dropped
-        self.seed = step_seed(inputs.completed_steps)
+
+    @functools.cached_property
+    def seed(self) -> Tensor:
+        """This step's, for stochastic rounding."""
+        return step_seed(self.inputs.completed_steps)
 
     def of_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of an update that a group decides."""

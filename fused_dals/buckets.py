@@ -91,7 +91,7 @@ class Bucket:
 
     def _plan(self, sizes: list[int], chunks: list[int], tensors: FusedTensors) -> None:
         """The work list and the scratch memory, which depend on sizes alone."""
-        self.sizes = sizes
+        self.sizes, self.chunks = sizes, chunks
         window = self.fixed_window
         if window is None:
             read = tensors.params[0].element_size() + tensors.grads[0].element_size()
@@ -107,10 +107,14 @@ class Bucket:
         self._scan_items: Tensor | None = None
 
     def scan_items(self) -> Tensor:
-        """Every chunk once, packed as in the work list; made when first asked for."""
+        """Every chunk once, packed as in the work list; made on the host when first asked for, so that nobody waits."""
         if self._scan_items is None:
-            self._scan_items = table_on(self.device, packed_chunks([-(-size // self.chunk) for size in self.sizes]))
+            self._scan_items = table_on(self.device, packed_chunks(self.chunks))
         return self._scan_items
+
+    def memory(self) -> list[Tensor | None]:
+        """All that a launch reads and writes besides the user's tensors and the gradients' addresses."""
+        return [self.tensors, self.dims, self.blends, self.items, self.partials, self.ratios, self._scan_items]
 
     @property
     def sync_count(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,39 @@ def check_capturable(groups: Sequence[Mapping[str, Any]], *, has_state: bool) ->
         )
 
 
-def check_loss_capturable(pending: Tensor | None) -> None:
-    """Raise RuntimeError where the losses observed for a captured step are known to the host alone."""
+def check_nothing_to_prepare(device: torch.device) -> None:
+    """Raise RuntimeError where a step that is being captured would first have to write tables from the host."""
+    if is_capturing(device):
+        raise RuntimeError(
+            "this step is being captured into a graph, and hyperparameters changed since the last one so that it needs "
+            "other tables (clipping or dropping was turned on): take one more step before capture"
+        )
+
+
+def check_state_capturable(missing: Iterable[str]) -> None:
+    """Raise RuntimeError where parameters have no state yet: every replay would make it anew, of zeros."""
+    for label in missing:
+        raise RuntimeError(
+            f"this step is being captured into a graph, and parameter {label!r} has no state yet: take one more step "
+            "before capture"
+        )
+
+
+def check_loss_capturable(pending: Tensor | None, *, seen_outside: bool) -> None:
+    """Raise RuntimeError where replays would not see the losses observed for a captured step.
+
+    ``seen_outside``: one of them was observed before capture began. It is no part of the graph, and its memory goes to
+    somebody else afterwards.
+    """
     if pending is not None and host.knows(pending):
         raise RuntimeError(
             "this step is being captured into a graph, and the observed loss is a number or on the CPU, which replays "
             "would not read: observe the loss tensor on the device"
+        )
+    if pending is not None and seen_outside:
+        raise RuntimeError(
+            "this step is being captured into a graph, and a loss was observed before capture began: take a step with "
+            "it first, or observe the loss inside"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_dals.buckets import WIDE_BYTES, Bucket, joined_dims, tensors_of
-from fused_dals.capture import BakedTable, is_capturing
+from fused_dals.capture import BakedTable, check_nothing_to_prepare, is_capturing
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.group_table import GroupTable
 from fused_dals.kernels import layout
@@ -90,6 +90,8 @@ class FusedPass:
         self.buckets: dict[BucketKey, Bucket] = {}
         self.launches: list[Launch] = []
         self.preparations = 0  # how often the tables were written in full
+        #: A graph holds addresses alone. What it reads must outlive the next prepare(), or replays read other memory.
+        self._held_for_graphs: list[object] = []
         self._grad_addresses: list[int] = []
         self._seed = torch.zeros(1, dtype=torch.int32, device=device)
         self._zero = torch.zeros(1, dtype=torch.float32, device=device)
@@ -153,10 +155,14 @@ class FusedPass:
         table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         if ((table ^ self._grad_table) % WIDE_BYTES).any():
             return False
+        if capturing:
+            groups = self.group_table
+            self._held_for_graphs += [self.sync, self._scan_rows, groups.rows, groups.addresses, groups.scalars]
         for launch, places in zip(self.launches, self._grad_places, strict=True):
             if capturing:
                 launch.baked.append(BakedTable(len(places), self.device))
                 launch.baked[-1].write(table[places].tolist())
+                self._held_for_graphs += [launch.baked[-1], *launch.bucket.memory()]
             else:
                 launch.bucket.refresh_grads(table[places])
         if not capturing:
@@ -172,6 +178,7 @@ class FusedPass:
 
         programs = self._programs()
         if self._scan_rows is None:
+            check_nothing_to_prepare(self.device)
             self._scan_rows = torch.empty(len(self.launches) * programs, 2, dtype=torch.float64, device=self.device)
         with self._current_device():
             for launch, rows in zip(self.launches, self._scan_rows.split(programs), strict=True):

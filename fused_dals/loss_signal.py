@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fused_dals import host
+from fused_dals.capture import is_capturing
 
 NO_LOSS_WARNING = (
     "{optimizer} has not been given a loss since it was made, loaded or copied: its phase stays as it is, 1 if there "
@@ -30,6 +31,7 @@ class LossSignal:
         """As if no loss had been observed, ever."""
         self.observed = False  # since this process made, loaded or copied it
         self.pending: Tensor | None = None  # their sum
+        self.seen_outside_capture = False  # whether one of them was observed while no graph was being captured
         self._count = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,12 +47,13 @@ class LossSignal:
             self.pending = self.pending + host.scalars_on(self.pending.device, value)
         self._count += 1
         self.observed = True
+        self.seen_outside_capture |= not is_capturing(self.pending.device)
 
     def take(self, device: torch.device) -> tuple[Tensor | None, int]:
         """Hand over the sum, on ``device``, and the number of the pending losses."""
         total = None if self.pending is None else host.scalars_on(device, self.pending)
         count = self._count
-        self.pending, self._count = None, 0
+        self.pending, self._count, self.seen_outside_capture = None, 0, False
         return total, count
 
 

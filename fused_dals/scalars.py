@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_dals import host
 from fused_dals.kernels import layout
 from fused_dals.phase import select_by_phase
+from fused_dals.reference import compute_dtype
 from fused_dals.rounding import step_seed
 from fused_dals.run_state import StepInputs
 from fused_dals.schedule import schedule_factor, schedule_factor_of_tensor
@@ -54,9 +55,18 @@ class StepScalars:
         }
 
     def unscale_(self, grads: list[Tensor]) -> None:
-        """Divide the gradients by a GradScaler's scale, in place, where there is one."""
-        if self.inputs.grad_scale is not None:
-            torch._foreach_div_(grads, self.inputs.grad_scale.reshape(()))
+        """Divide the gradients by a GradScaler's scale, in place, where there is one.
+
+        In float32 at least: a device takes the scale in the dtype of what it divides, and 65536 is infinite in float16.
+        """
+        if self.inputs.grad_scale is None:
+            return
+        dtype = compute_dtype(grads[0].dtype)
+        scale = self.inputs.grad_scale.reshape(()).to(dtype)
+        if grads[0].dtype == dtype:
+            torch._foreach_div_(grads, scale)
+        else:
+            torch._foreach_copy_(grads, torch._foreach_div([grad.to(dtype) for grad in grads], scale))
 
     def _ema_decay(self, group: Mapping[str, Any]) -> tuple[float | Tensor, bool | Tensor]:
         """alpha of the present phase, and whether it bypasses the filter."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from fused_dals import host
-from fused_dals.capture import check_capturable, check_loss_capturable, is_capturing
+from fused_dals.capture import (
+    check_capturable,
+    check_loss_capturable,
+    check_state_capturable,
+    is_capturing,
+)
 from fused_dals.fingerprint import take_fingerprint
 from fused_dals.foreach import dals_foreach_
 from fused_dals.fused import FusedPass, why_not_fused
@@ -61,17 +66,20 @@ class Stepper:
                 "this step is being captured into a graph, and its parameters, their layout or the set of those with a "
                 "gradient differ from the last step's: take one more step like this one before capture"
             )
+        if capturing:
+            check_state_capturable(self._without_state(others))
         for loss in losses:
             if loss is not None:
                 runtime.loss.observe(loss)
         if capturing:
-            check_loss_capturable(runtime.loss.pending)
+            check_loss_capturable(runtime.loss.pending, seen_outside=runtime.loss.seen_outside_capture)
         if steady:
             self._warn_without_loss()
             self._run([steady.fused], [], device, found_inf, grad_scale)
             return
         only_creates_state = self._only_creates_state(batches)
-        create_missing_state(self.groups, self.state, flat=self._flat)
+        if not capturing:
+            create_missing_state(self.groups, self.state, flat=self._flat)
         if only_creates_state:
             return
         self._warn_without_loss()
@@ -111,6 +119,13 @@ class Stepper:
                 "tie weights by one nn.Parameter that both modules hold"
             )
         self.runtime.memory = places
+
+    def _without_state(self, batches: Sequence[TensorBatch]) -> Iterator[str]:
+        """Labels of the parameters that have not been stepped."""
+        for batch in batches:
+            for param, position in zip(batch.params, batch.positions, strict=True):
+                if not self.state.get(param):
+                    yield parameter_label(self.groups[batch.group_index], batch.group_index, position)
 
     # -- which path -----------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ memory, with no Python of ours in between, as a replay does.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_dals import DALS, capture, foreach, fused, group_table, host, scan, stepper
+from fused_dals import DALS, capture, foreach, fused, group_table, host, loss_signal, scan, stepper
 from tests.helpers import ConvNet, batch, identical, snapshot
 
 pytest.importorskip("triton")
@@ -90,7 +92,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 
     recorder = Recorder()
     with monkeypatch.context() as patch:
-        for module in (capture, fused, group_table, stepper):
+        for module in (capture, fused, group_table, loss_signal, stepper):
             patch.setattr(module, "is_capturing", lambda device: True)
         for module, name in ((fused_pass, "fused_pass"), (grad_scan, "grad_scan"), (prologue, "prologue")):
             patch.setattr(module, name, recorder.kernel(getattr(module, name)))
@@ -321,6 +323,55 @@ def test_a_plan_that_changed_before_capture(monkeypatch: pytest.MonkeyPatch) -> 
     training.model.scale.requires_grad_(False)
     training.model.scale.grad = None
     refused(training, monkeypatch, "the set of those with a gradient differ from the last step's", training.step)
+
+
+def test_clipping_that_was_turned_on_before_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs another table and another kernel, which refreshing the numbers does not make."""
+    training = Training({"fused": True, "capturable": True})
+    training.step()
+    training.optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    training.optimizer.refresh_hyperparameters()
+    refused(training, monkeypatch, "clipping or dropping was turned on", training.step)
+    training.step()
+    training.optimizer.zero_grad()
+    with capturing(monkeypatch):
+        training.step()
+
+
+def test_a_parameter_without_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state would be zeroed by every replay."""
+    monkeypatch.setattr(foreach, "norms", norms_of_a_device)
+    training = Training({"foreach": True, "capturable": True})
+    training.model.scale.requires_grad_(False)
+    training.step()
+    training.model.scale.requires_grad_(True)
+    refused(training, monkeypatch, "parameter 'scale' has no state yet", training.step)
+
+
+def test_a_loss_observed_before_capture(monkeypatch: pytest.MonkeyPatch, path: dict[str, Any]) -> None:
+    """Its memory goes to somebody else, and replays would read that."""
+    training = Training(path)
+    training.step()
+    training.optimizer.observe_loss(torch.tensor(1.0))
+    refused(training, monkeypatch, "a loss was observed before capture began", training.step)
+
+
+def test_what_a_graph_reads_outlives_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph holds addresses: the tables behind them stay when a step of other tensors writes new ones."""
+    training = Training({"fused": True, "capturable": True}, max_grad_norm=1.0)
+    training.step()
+    training.optimizer.zero_grad()
+    with capturing(monkeypatch) as graph:
+        training.step()
+    (fused_pass,) = training.optimizer._runtime.fused.values()
+    (launch,) = fused_pass.launches
+    tables = [weakref.ref(t) for t in (*launch.bucket.memory(), fused_pass.sync, launch.baked[-1]) if t is not None]
+    graph.calls.clear()  # the recorder's hold on them, which a graph has not
+    del launch
+    training.model.scale.grad = None
+    training.optimizer.step(loss=1.0)
+    gc.collect()
+    assert fused_pass.preparations == 2 and len(tables) == 9 and all(table() is not None for table in tables)
 
 
 # -- torch.compile ----------------------------------------------------------------------------------------------------

@@ -125,6 +125,15 @@ def test_unscaled_by_hand_before_clipping(path: dict[str, Any], seed: int) -> No
     assert identical(everything(a, scaled), everything(b, plain))
 
 
+def test_float16_gradients_of_a_scale_that_float16_has_not(path: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    optimizer = DALS([("w", p)], amp_fused=True, **path)
+    p.grad = torch.full_like(p, 1024.0)
+    vars(optimizer).update(grad_scale=torch.tensor(65536.0), found_inf=torch.tensor(0.0))
+    optimizer.step(loss=1.0)
+    assert torch.equal(p.grad, torch.full_like(p, 2.0**-6)) and (p < 1).all()
+
+
 def test_an_expanded_gradient_is_unscaled_once(path: dict[str, Any]) -> None:
     p = nn.Parameter(torch.ones(4, 3))
     optimizer = DALS([("w", p)], amp_fused=True, **path)

@@ -82,8 +82,8 @@ class Bucket:
             self._plan(sizes, chunks, tensors)
         self.tensors = self._upload(rows)
         self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
-        self.blends = table_on(self.device, torch.tensor(tensors.blends, dtype=torch.float32))
-        self.refresh_grads(torch.tensor([g.data_ptr() for g in tensors.grads], dtype=torch.int64))
+        self.blends = table_on(self.device, torch.tensor(tensors.blends, dtype=torch.float32, device="cpu"))
+        self.refresh_grads(torch.tensor([g.data_ptr() for g in tensors.grads], dtype=torch.int64, device="cpu"))
 
     def refresh_grads(self, addresses: Tensor) -> None:
         """Point to gradients elsewhere, of the same strides and as well aligned; the table keeps its memory."""
@@ -99,7 +99,9 @@ class Bucket:
             window = int(WINDOW_SHARE_OF_L2 * _l2_bytes(self.device)) // (read * self.chunk)
         items = packed_work_list(chunks, window)
         self.item_count = len(items)
-        self.items = table_on(self.device, items if self.item_count else torch.zeros(1, dtype=torch.int64))
+        self.items = table_on(
+            self.device, items if self.item_count else torch.zeros(1, dtype=torch.int64, device="cpu")
+        )
         self.partials = torch.empty(2 * max(1, sum(chunks)), dtype=torch.float32, device=self.device)
         self.grads = torch.empty(len(sizes), dtype=torch.int64, device=self.device)
         # A tensor without elements has no chunk that would write its ratio.
@@ -131,7 +133,7 @@ class Bucket:
         self.arrivals, self.ready, self.counter = sync.split(self._sync_parts())
 
     def _upload(self, values: Sequence[object]) -> Tensor:
-        return table_on(self.device, torch.tensor(values, dtype=torch.int64))
+        return table_on(self.device, torch.tensor(values, dtype=torch.int64, device="cpu"))
 
 
 def tensors_of(

@@ -43,27 +43,19 @@ def check_nothing_to_prepare(device: torch.device) -> None:
         )
 
 
-def check_state_capturable(missing: Iterable[str]) -> None:
-    """Raise RuntimeError where parameters have no state yet: every replay would make it anew, of zeros."""
-    for label in missing:
-        raise RuntimeError(
-            f"this step is being captured into a graph, and parameter {label!r} has no state yet: take one more step "
-            "before capture"
-        )
+def check_losses_capturable(losses: Iterable[object], seen_outside: bool) -> None:
+    """Raise RuntimeError where replays would not see the losses of a captured step.
 
-
-def check_loss_capturable(pending: Tensor | None, *, seen_outside: bool) -> None:
-    """Raise RuntimeError where replays would not see the losses observed for a captured step.
-
-    ``seen_outside``: one of them was observed before capture began. It is no part of the graph, and its memory goes to
-    somebody else afterwards.
+    ``seen_outside``: one was observed before capture began. It is no part of the graph, and its memory goes to somebody
+    else afterwards.
     """
-    if pending is not None and host.knows(pending):
-        raise RuntimeError(
-            "this step is being captured into a graph, and the observed loss is a number or on the CPU, which replays "
-            "would not read: observe the loss tensor on the device"
-        )
-    if pending is not None and seen_outside:
+    for loss in losses:
+        if not isinstance(loss, Tensor) or host.knows(loss):
+            raise RuntimeError(
+                "this step is being captured into a graph, and the observed loss is a number or on the CPU, which "
+                "replays would not read: observe the loss tensor on the device"
+            )
+    if seen_outside:
         raise RuntimeError(
             "this step is being captured into a graph, and a loss was observed before capture began: take a step with "
             "it first, or observe the loss inside"

@@ -52,7 +52,10 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
             have = current.get(key)
             if have is None or (have.shape, have.device, have.dtype) != (param.shape, param.device, dtype):
                 current[key] = empty_state(param, dtype)
-            current[key].copy_(saved[key])
+            if key in saved:
+                current[key].copy_(saved[key])
+            else:  # a compensation that the checkpoint's weights did not have
+                current[key].zero_()
         for key in [key for key in (*STATE_KEYS, COMPENSATION_KEY) if key in current and key not in dtypes[param]]:
             del current[key]
     for group, saved_group in zip(groups, saved_groups, strict=True):
@@ -145,12 +148,14 @@ def _checked_state(
         if not entry:
             continue
         dtypes[param] = state_dtypes(param, saved_groups[group_index])
-        if set(entry) != set(dtypes[param]):
+        if {*entry, COMPENSATION_KEY} != {*dtypes[param], COMPENSATION_KEY} or len(entry) > len(dtypes[param]):
             raise ValueError(
                 f"checkpoint: state of parameter {label!r} has entries {sorted(map(str, entry))}, expected "
                 f"{sorted(dtypes[param])}; was it written by another optimizer, or for parameters of another dtype?"
             )
         for key, dtype in dtypes[param].items():
+            if key not in entry:
+                continue
             value = entry[key]
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             if not isinstance(value, Tensor) or (value.dtype != dtype and not _converts(value.dtype, dtype)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_dals.reference import compute_dtype, trust_ratio
-from fused_dals.rounding import as_stored, halves, join, split
+from fused_dals.rounding import Rounding, as_stored, join, split
 
 TensorList: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
@@ -37,7 +37,7 @@ def dals_foreach_(
     lr: float | Tensor,
     grad_factor: float | Tensor = 1.0,
     compensations: TensorList | None = None,
-    rounding_bits: TensorList | None = None,
+    rounding: Sequence[Rounding] | None = None,
 ) -> Tensor:
     """One step of n tensors on one device, each list of one dtype; returns their trust ratios, shape [n].
 
@@ -47,7 +47,7 @@ def dals_foreach_(
     dtype = compute_dtype(params[0].dtype)
     weights = params if compensations is None else list(map(join, params, compensations))
     g, h, m = _in_dtype(grads, dtype), _in_dtype(grad_emas, dtype), _in_dtype(momentum_buffers, dtype)
-    h_bits, m_bits = zip(*map(halves, rounding_bits or repeat(None, len(params))), strict=True)
+    draws: Sequence[Rounding | None] = rounding or [None] * len(params)
     if isinstance(grad_factor, Tensor):
         g = torch._foreach_mul(g, grad_factor.to(dtype))
     elif grad_factor != 1:
@@ -72,7 +72,7 @@ def dals_foreach_(
     else:
         u = torch._foreach_lerp(h, g, raw_blends)
     if h is not grad_emas:
-        _write(grad_emas, map(as_stored, h, grad_emas, h_bits))
+        _write(grad_emas, map(as_stored, h, grad_emas, draws, repeat(0)))
 
     # u <- u + lambda p; out of place where u may be the user's own gradient
     if weight_decay != 0:
@@ -89,7 +89,7 @@ def dals_foreach_(
     torch._foreach_mul_(m, momentum)
     torch._foreach_add_(m, u)
     if m is not momentum_buffers:
-        _write(momentum_buffers, map(as_stored, m, momentum_buffers, m_bits))
+        _write(momentum_buffers, map(as_stored, m, momentum_buffers, draws, repeat(1)))
         m = _in_dtype(momentum_buffers, dtype)  # p follows the buffer as it is stored
 
     # p <- p - eta r m: computed in the state's dtype and rounded once to the parameter's
@@ -125,7 +125,7 @@ def norms(tensors: TensorList, dtype: torch.dtype) -> Tensor:
     if tensors[0].device.type != "cpu" or dtype == torch.float64:
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
     pieces = [_flat(tensor).split(NORM_PIECE) if tensor.numel() > NORM_PIECE else (tensor,) for tensor in tensors]
-    counts = torch.tensor([len(of_tensor) for of_tensor in pieces])
+    counts = torch.tensor([len(of_tensor) for of_tensor in pieces], device="cpu")
     of_pieces = torch._foreach_norm([piece for of_tensor in pieces for piece in of_tensor], 2, dtype=dtype)
     squares = torch.stack(of_pieces).double().square()
     found = torch.segment_reduce(squares, "sum", lengths=counts).sqrt()

@@ -152,21 +152,26 @@ class FusedPass:
         capturing = is_capturing(self.device)
         if addresses == self._grad_addresses and not capturing:
             return True
+        if capturing:
+            return self._follow_in_graph(addresses)
         table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         if ((table ^ self._grad_table) % WIDE_BYTES).any():
             return False
-        if capturing:
-            groups = self.group_table
-            self._held_for_graphs += [self.sync, self._scan_rows, groups.rows, groups.addresses, groups.scalars]
         for launch, places in zip(self.launches, self._grad_places, strict=True):
-            if capturing:
-                launch.baked.append(BakedTable(len(places), self.device))
-                launch.baked[-1].write(table[places].tolist())
-                self._held_for_graphs += [launch.baked[-1], *launch.bucket.memory()]
-            else:
-                launch.bucket.refresh_grads(table[places])
-        if not capturing:
-            self._grad_addresses, self._grad_table = addresses, table
+            launch.bucket.refresh_grads(table[places])
+        self._grad_addresses, self._grad_table = addresses, table
+        return True
+
+    def _follow_in_graph(self, addresses: list[int]) -> bool:
+        """The same for a step that is being captured, into tables that the graph itself writes."""
+        if any((new ^ old) % WIDE_BYTES for new, old in zip(addresses, self._grad_addresses, strict=True)):
+            return False
+        groups = self.group_table
+        self._held_for_graphs += [self.sync, self._scan_rows, groups.rows, groups.addresses, groups.scalars]
+        for launch, places in zip(self.launches, self._grad_places, strict=True):
+            launch.baked.append(BakedTable(len(places), self.device))
+            launch.baked[-1].write([addresses[place] for place in places.tolist()])
+            self._held_for_graphs += [launch.baked[-1], *launch.bucket.memory()]
         return True
 
     def scan(self) -> Tensor:

@@ -123,7 +123,7 @@ def _problem(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mappi
                 "delete optimizer.state[param] if its history is to start anew"
             )
         wanted = state_dtypes(param, group)
-        if have.device != param.device or {key: value.dtype for key, value in state.items() if key in wanted} != wanted:
+        if have.device != param.device or any(state[key].dtype != wanted[key] for key in STATE_KEYS):
             return (
                 f"it is now {param.dtype} on {param.device}, and its state {have.dtype} on {have.device} "
                 f"(state_dtype={group['state_dtype']}, compensated={group['compensated']}); "
@@ -153,15 +153,21 @@ def create_missing_state(
     """Zero state for every parameter that trains, with or without a gradient, so that all ranks hold the same keys.
 
     Those for which ``flat(group, param)`` get theirs as views of flat buffers, one per device, dtype and kind of state.
+    A compensation comes and goes with the group's flag: zeros are what a weight without one has.
     """
     flattened: dict[tuple[torch.device, str, torch.dtype], list[Tensor]] = {}
     for group in groups:
         for param in group["params"]:
             trains = param.requires_grad or param.grad is not None
             usable = param.dtype in SUPPORTED_DTYPES and param.device.type != "meta"
-            if not trains or not usable or state.get(param) or is_lazy(param):
+            if not trains or not usable or is_lazy(param):
                 continue
-            for key, dtype in state_dtypes(param, group).items():
+            dtypes = state_dtypes(param, group)
+            if state.get(param):
+                if COMPENSATION_KEY not in dtypes:
+                    state[param].pop(COMPENSATION_KEY, None)
+                dtypes = {key: dtype for key, dtype in dtypes.items() if key not in (*state[param], *STATE_KEYS)}
+            for key, dtype in dtypes.items():
                 if flat(group, param):
                     flattened.setdefault((param.device, key, dtype), []).append(param)
                 else:

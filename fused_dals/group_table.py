@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_dals import host
 from fused_dals.capture import is_capturing
 from fused_dals.host import table_on
 from fused_dals.kernels import layout
@@ -25,17 +26,18 @@ class GroupTable:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._version = -1
+        self._cells: dict[int, Tensor] = {}  # copies of learning rates that the kernel cannot read where they are
         self._rows: list[tuple[float, ...]] = []
         self._addresses: list[int] = []
 
     def refresh(self, groups: Sequence[Mapping[str, Any]], version: int) -> None:
-        """Write what changed; while ``version`` is the same that can only be where a tensor learning rate lies.
+        """Write what changed; while ``version`` is the same that can only be a tensor learning rate or where it lies.
 
         Raises RuntimeError while a step is being captured: the copy from the host would not survive its replays.
         """
         if version == self._version and not any(self._addresses):
             return
-        addresses = [_lr_address(group["lr"], self.device) for group in groups]
+        addresses = [self._lr_address(index, group["lr"]) for index, group in enumerate(groups)]
         if version == self._version and addresses == self._addresses:
             return
         rows = [self._row(group, address) for group, address in zip(groups, addresses, strict=True)]
@@ -52,16 +54,16 @@ class GroupTable:
             self.scalars = torch.empty(count, len(layout.SCALAR_COLUMNS), dtype=torch.float32, device=self.device)
             self._rows, self._addresses = [], []
         if rows != self._rows:
-            self.rows.copy_(table_on(self.device, torch.tensor(rows, dtype=torch.float64)))
+            self.rows.copy_(table_on(self.device, torch.tensor(rows, dtype=torch.float64, device="cpu")))
             self._rows = rows
         if addresses != self._addresses:
-            self.addresses.copy_(table_on(self.device, torch.tensor(addresses, dtype=torch.int64)))
+            self.addresses.copy_(table_on(self.device, torch.tensor(addresses, dtype=torch.int64, device="cpu")))
             self._addresses = addresses
 
     def _row(self, group: Mapping[str, Any], lr_address: int) -> tuple[float, ...]:
         lr, source = group["lr"], 0
         if lr_address:
-            source, lr = (1 if lr.dtype == torch.float32 else 2), 0.0
+            source, lr = (1 if lr.dtype == torch.float32 and lr.device == self.device else 2), 0.0
         total_steps = group["total_steps"] or 0
         max_grad_norm = group["max_grad_norm"]
         return (
@@ -81,9 +83,12 @@ class GroupTable:
             _NO_MAX_GRAD_NORM if max_grad_norm is None else max_grad_norm,
         )
 
-
-def _lr_address(lr: Any, device: torch.device) -> int:
-    """Where the prologue reads a learning rate itself; 0 where the host hands it over."""
-    if not isinstance(lr, Tensor) or lr.device != device or lr.dtype not in (torch.float32, torch.float64):
-        return 0
-    return lr.data_ptr()
+    def _lr_address(self, index: int, lr: Any) -> int:
+        """Where the prologue reads a learning rate itself; 0 where the host hands it over."""
+        if not isinstance(lr, Tensor) or (host.knows(lr) and lr.device != self.device):
+            return 0
+        if lr.device == self.device and lr.dtype in (torch.float32, torch.float64):
+            return lr.data_ptr()
+        if index not in self._cells:
+            self._cells[index] = torch.empty(1, dtype=torch.float64, device=self.device)
+        return self._cells[index].copy_(lr.detach().reshape(1), non_blocking=True).data_ptr()

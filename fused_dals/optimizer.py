@@ -79,7 +79,8 @@ class DALS(torch.optim.Optimizer):
         state_dtype: torch.float32 (default, also for bfloat16 and float16 parameters) or torch.bfloat16, which is
             rounded stochastically by a hash of step, parameter and element. State of float64 parameters is float64.
         compensated: True: a bfloat16 parameter gets an int16 ``compensation``, and both together are a float32 weight,
-            which is what is trained (False). Wider parameters need none.
+            which is what is trained (False). Wider parameters need none. Weights that are loaded into the model keep
+            the old compensation, less than half a step of bfloat16, until the optimizer's state is loaded, too.
         foreach: False for the per-tensor reference path, True for torch._foreach; None for the best there is.
         fused: True for the Triton kernels (CUDA or ROCm; float32, bfloat16 and float16 parameters); ``step`` raises an
             error where they cannot serve a parameter. None (default, with foreach=None): the kernels on a GPU where
@@ -198,7 +199,7 @@ class DALS(torch.optim.Optimizer):
         except Exception:
             del self.param_groups[index]
             raise
-        # Groups hold plain numbers only, so that any checkpoint format can store them.
+        # Groups hold plain numbers (and a dtype), as any checkpoint format that pickles can store them.
         param_group.update({key: plain(param_group[key]) for key in self.defaults})
         param_group.pop("depth", None)
         if not isinstance(rule, str | Mapping) and not callable(rule):
@@ -241,8 +242,10 @@ class DALS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
-        # What torch.amp.GradScaler hands over to an optimizer that says _step_supports_amp_scaling.
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        # What torch.amp.GradScaler hands over to an optimizer that says _step_supports_amp_scaling; a plain 0 where no
+        # parameter has a gradient.
+        handed = [getattr(self, name, None) for name in ("found_inf", "grad_scale")]
+        found_inf, grad_scale = (value if isinstance(value, Tensor) else None for value in handed)
         self._stepper().step((returned, loss), found_inf, grad_scale)
         return returned
 
@@ -251,10 +254,23 @@ class DALS(torch.optim.Optimizer):
 
         A replay does not run this class: numbers that were changed in param_groups since the last step, such as a
         learning rate that is no tensor, reach it by this call. Nothing waits for the device.
+
+        Raises:
+            RuntimeError: the captured step went through torch operations, which hold all numbers but a tensor lr; or
+                max_grad_norm or skip_nonfinite was turned on or off, for which the step is to be captured again.
         """
-        self._runtime.live_groups.check(self.param_groups)
-        for fused in self._runtime.fused.values():
-            fused.group_table.refresh(self.param_groups, self._runtime.live_groups.tables)
+        runtime = self._runtime
+        runtime.live_groups.check(self.param_groups)
+        captured = runtime.captured
+        if captured is not None and not captured.by_kernels:
+            raise RuntimeError("the captured step holds its numbers, as torch operations do: capture it again")
+        if captured is not None and (captured.clips, captured.skips) != (
+            runtime.live_groups.clips,
+            runtime.live_groups.skips,
+        ):
+            raise RuntimeError("max_grad_norm or skip_nonfinite was turned on or off: capture the step again")
+        for fused in runtime.fused.values():
+            fused.group_table.refresh(self.param_groups, runtime.live_groups.tables)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

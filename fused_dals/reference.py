@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_dals.rounding import as_stored, halves, join, split
+from fused_dals.rounding import Rounding, as_stored, join, split
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,14 +54,14 @@ def dals_reference_(
     lr: float | Tensor,
     grad_factor: float | Tensor = 1.0,
     compensation: Tensor | None = None,
-    rounding_bits: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> Tensor:
     """One step of one tensor; writes param, grad_ema and momentum_buffer, returns the trust ratio (0-dim).
 
     param, grad, grad_ema and momentum_buffer have one shape; ema_decay, bypass, lr (already multiplied by the
     schedule) and grad_factor (-1 to maximize, the factor of clipping) may be 0-dim tensors on the parameter's device.
-    Bypassing the filter is alpha = 1 and b = 1. ``compensation`` is written too; ``rounding_bits`` (rounding.py) are
-    for state in bfloat16.
+    Bypassing the filter is alpha = 1 and b = 1. ``compensation`` is written too; ``rounding`` is for
+    state in bfloat16.
     """
     dtype = compute_dtype(param.dtype)
     p, g, h, m = param.to(dtype), grad.to(dtype), grad_ema.to(dtype), momentum_buffer.to(dtype)
@@ -69,17 +69,16 @@ def dals_reference_(
     b = _blend(raw_blend, bypass, dtype)
     if compensation is not None:
         p = join(param, compensation)
-    h_bits, m_bits = halves(rounding_bits)
     g = grad_factor * g
 
     h = alpha * h + (1 - alpha) * g
     u = b * g + (1 - b) * h
     u = u + lambda_ * p
     r = trust_ratio(l2_norm(p), l2_norm(u), gamma, trust_clip).to(dtype)
-    m = as_stored(mu * m + u, momentum_buffer, m_bits).to(dtype)  # p follows the buffer as it is stored
+    m = as_stored(mu * m + u, momentum_buffer, rounding, half=1).to(dtype)  # p follows the buffer as it is stored
     p = p - eta * r * m
 
-    grad_ema.copy_(as_stored(h, grad_ema, h_bits))
+    grad_ema.copy_(as_stored(h, grad_ema, rounding, half=0))
     momentum_buffer.copy_(m)
     if compensation is None:
         param.copy_(p)

@@ -13,7 +13,7 @@ The rules, which kernels/rounding.py follows bit for bit:
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,11 +55,6 @@ def random_bits(like: Tensor, key: int, seed: Tensor) -> Tensor:
     return bits.as_strided(like.shape, like.stride())
 
 
-def halves(bits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The bits for grad_ema and those for momentum_buffer, each in [0, 2^16)."""
-    return (None, None) if bits is None else (bits & 0xFFFF, bits >> 16)
-
-
 def stochastic_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
     """``value`` (float32) as bfloat16, rounded by ``bits`` in [0, 2^16)."""
     raw = value.view(torch.int32)
@@ -67,10 +62,18 @@ def stochastic_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
     return torch.where(value.isfinite(), rounded.view(torch.float32), value).to(torch.bfloat16)
 
 
-def as_stored(value: Tensor, buffer: Tensor, bits: Tensor | None) -> Tensor:
-    """A state value in the dtype of its buffer; ``bits`` in [0, 2^16) where that is rounded stochastically."""
-    if buffer.dtype == torch.bfloat16 and bits is not None:
-        return stochastic_bfloat16(value, bits)
+class Rounding(NamedTuple):
+    """What the random bits of one parameter in one step are drawn from."""
+
+    key: int
+    seed: Tensor
+
+
+def as_stored(value: Tensor, buffer: Tensor, rounding: Rounding | None, half: int) -> Tensor:
+    """A state value in the dtype of its buffer; bfloat16 by the lower (0) or upper (1) half of its random bits."""
+    if buffer.dtype == torch.bfloat16 and rounding is not None:
+        bits = random_bits(buffer, rounding.key, rounding.seed)
+        return stochastic_bfloat16(value, bits >> 16 if half else bits & 0xFFFF)
     return value.to(buffer.dtype)
 
 

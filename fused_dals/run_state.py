@@ -32,7 +32,7 @@ class RunState:
     def restore(self, numbers: Mapping[str, float]) -> None:
         """Go on from the plain numbers of a checkpoint."""
         names = ("step", "loss_ema", "loss_drop", "skipped_steps")
-        self.values.copy_(torch.tensor([float(numbers[name]) for name in names], dtype=torch.float64))
+        self.values.copy_(torch.tensor([float(numbers[name]) for name in names], dtype=torch.float64, device="cpu"))
 
     def move_to(self, device: torch.device) -> None:
         """Live on ``device`` from now on."""

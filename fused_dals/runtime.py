@@ -32,6 +32,15 @@ class Steady:
 
 
 @dataclass
+class Captured:
+    """What the step that was captured last holds once and for all."""
+
+    clips: bool
+    skips: bool
+    by_kernels: bool  # which read every number from device memory
+
+
+@dataclass
 class Runtime:
     """One object, because wrappers copy an optimizer's attributes: they then share it, and no counter runs apart."""
 
@@ -44,12 +53,13 @@ class Runtime:
     warned: set[str] = field(default_factory=set)
     fused: dict[torch.device, FusedPass] = field(default_factory=dict)
     steady: Steady | None = None
+    captured: Captured | None = None
     #: Address, size and strides of the parameters that were last seen to share no memory.
     memory: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables of addresses are of no use to a copy: it builds its own at its first step.
-        return {**self.__dict__, "fused": {}, "steady": None, "memory": []}
+        return {**self.__dict__, "fused": {}, "steady": None, "captured": None, "memory": []}
 
     def depths_of(self, groups: Sequence[Mapping[str, Any]], index: int) -> list[float]:
         """Depth of every parameter of a group."""

@@ -22,7 +22,7 @@ def clip_factor(grad_norm: Tensor | None, max_grad_norm: float | None) -> Tensor
     """min(1, max / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it; NaN for a norm that is NaN."""
     if grad_norm is None or max_grad_norm is None:
         return None
-    return (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    return (float(max_grad_norm) / (grad_norm + 1e-6)).clamp(max=1.0)
 
 
 class StepScalars:
@@ -84,12 +84,15 @@ class StepScalars:
         return scheduled_lr(group, self.inputs.completed_steps)
 
     def _grad_factor(self, group: Mapping[str, Any]) -> float | Tensor:
-        """Sign and clipping of the (unscaled) gradients."""
+        """Sign and clipping of the gradients, and the inverse of a GradScaler's scale."""
         sign = -1.0 if group["maximize"] else 1.0
-        clip = clip_factor(self.inputs.grad_norm(), group["max_grad_norm"])
-        if clip is None:
+        factor = clip_factor(self.inputs.grad_norm(), group["max_grad_norm"])
+        if self.inputs.grad_scale is not None:
+            inverse = 1 / self.inputs.grad_scale.reshape(())
+            factor = inverse if factor is None else factor * inverse
+        if factor is None:
             return sign
-        return sign * (clip.item() if self._on_host else clip)
+        return sign * (factor.item() if self._on_host else factor)
 
 
 def scheduled_lr(group: Mapping[str, Any], completed_steps: Tensor) -> float | Tensor:

@@ -25,12 +25,17 @@ def scan_gradients(grads: list[Tensor]) -> Tensor:
     return torch.stack([squares, non_finite]).reshape(1, 2)
 
 
-def own_expanded_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Give gradients whose elements share memory, as expanded ones do, memory of their own: they will be written."""
+def own_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Give gradients that are to be written memory of their own, where elements or parameters share it."""
+    seen: set[int] = set()
     for group in groups:
         for param in group["params"]:
             grad = param.grad
-            if grad is None or grad.layout != torch.strided or grad.is_contiguous():
+            if grad is None or grad.layout != torch.strided or not grad.numel():
                 continue
-            if any(stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
+            expanded = not grad.is_contiguous() and any(
+                stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
+            )
+            if expanded or grad.data_ptr() in seen:
                 param.grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            seen.add(grad.data_ptr())

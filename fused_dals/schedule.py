@@ -101,5 +101,5 @@ def _cycles(restart_steps: int, restart_mult: float, device: torch.device) -> tu
         starts.append(starts[-1] + lengths[-1])
         scale *= restart_mult
         lengths.append(math.floor(restart_steps * scale))
-    table = torch.tensor([starts, lengths], dtype=torch.float64).to(device)
+    table = torch.tensor([starts, lengths], dtype=torch.float64, device="cpu").to(device)
     return table[0], table[1]

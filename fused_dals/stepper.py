@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_dals import host
-from fused_dals.capture import (
-    check_capturable,
-    check_loss_capturable,
-    check_state_capturable,
-    is_capturing,
-)
+from fused_dals.capture import check_capturable, check_losses_capturable, is_capturing
 from fused_dals.fingerprint import take_fingerprint
 from fused_dals.foreach import dals_foreach_
 from fused_dals.fused import FusedPass, why_not_fused
@@ -23,11 +18,11 @@ from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, TensorBatch, create_
 from fused_dals.loss_signal import NO_LOSS_WARNING
 from fused_dals.overlap import find_overlap
 from fused_dals.reference import dals_reference_
-from fused_dals.rounding import place_key, random_bits
+from fused_dals.rounding import Rounding, place_key
 from fused_dals.run_state import StepInputs
-from fused_dals.runtime import Runtime, Steady
+from fused_dals.runtime import Captured, Runtime, Steady
 from fused_dals.scalars import StepScalars
-from fused_dals.scan import own_expanded_gradients, scan_gradients
+from fused_dals.scan import own_gradients, scan_gradients
 from fused_dals.self_check import serves_by_default
 from fused_dals.stats import TrustRatios
 
@@ -51,31 +46,26 @@ class Stepper:
         runtime = self.runtime
         runtime.live_groups.check(self.groups)
         if grad_scale is not None:
-            own_expanded_gradients(self.groups)
+            own_gradients(self.groups)
         steady = self._resume()
         batches = [] if steady else gather(self.groups, self.state)
         if batches:
             self._check_memory(batches)
-        device = steady.fused.device if steady else self._home(batches)
-        capturing = is_capturing(device)
+        home = steady.fused.device if steady else self._home(batches)
+        losses = [loss for loss in losses if loss is not None]
+        capturing = is_capturing(home)
         if capturing:
             check_capturable(self.groups, has_state=bool(self.state))
+            check_losses_capturable(losses, runtime.loss.seen_outside_capture)
         fused, others = self._part(batches)
-        if capturing and fused:
-            raise RuntimeError(
-                "this step is being captured into a graph, and its parameters, their layout or the set of those with a "
-                "gradient differ from the last step's: take one more step like this one before capture"
-            )
         if capturing:
-            check_state_capturable(self._without_state(others))
+            self._check_plan_capturable(fused, others)
+            runtime.captured = Captured(runtime.live_groups.clips, runtime.live_groups.skips, by_kernels=not others)
         for loss in losses:
-            if loss is not None:
-                runtime.loss.observe(loss)
-        if capturing:
-            check_loss_capturable(runtime.loss.pending, seen_outside=runtime.loss.seen_outside_capture)
+            runtime.loss.observe(loss)
         if steady:
             self._warn_without_loss()
-            self._run([steady.fused], [], device, found_inf, grad_scale)
+            self._run([steady.fused], [], home, found_inf, grad_scale)
             return
         only_creates_state = self._only_creates_state(batches)
         if not capturing:
@@ -84,7 +74,7 @@ class Stepper:
             return
         self._warn_without_loss()
         passes = self._prepare(fused)
-        self._run(passes, others, device, found_inf, grad_scale)
+        self._run(passes, others, home, found_inf, grad_scale)
         self._remember(passes, others)
         if not passes and host.knows(runtime.state.values):
             self.write_counters()
@@ -120,18 +110,40 @@ class Stepper:
             )
         self.runtime.memory = places
 
-    def _without_state(self, batches: Sequence[TensorBatch]) -> Iterator[str]:
-        """Labels of the parameters that have not been stepped."""
-        for batch in batches:
+    def _check_plan_capturable(self, fused: Sequence[TensorBatch], others: Sequence[TensorBatch]) -> None:
+        """Raise RuntimeError where a step that is being captured would have to prepare something first."""
+        if fused and (others or len(set(map(_device, fused))) > 1):
+            raise RuntimeError(
+                "this step is being captured into a graph, and it spans devices, or kernels and torch operations: "
+                "capture one optimizer per device, with fused=False where the kernels do not serve every parameter"
+            )
+        if fused:
+            raise RuntimeError(
+                "this step is being captured into a graph, and its parameters, their layout or the set of those with a "
+                "gradient differ from the last step's: take one more step like this one before capture"
+            )
+        for batch in others:
+            if not isinstance(self.groups[batch.group_index]["lr"], Tensor):
+                raise RuntimeError(
+                    f"group {batch.group_index}: this step is being captured into a graph, and lr is a number, which "
+                    "replays of torch operations would keep: make it a tensor on the parameters' device"
+                )
             for param, position in zip(batch.params, batch.positions, strict=True):
                 if not self.state.get(param):
-                    yield parameter_label(self.groups[batch.group_index], batch.group_index, position)
+                    label = parameter_label(self.groups[batch.group_index], batch.group_index, position)
+                    raise RuntimeError(
+                        f"this step is being captured into a graph, and parameter {label!r} has no state yet: take one "
+                        "more step before capture"
+                    )
 
     # -- which path -----------------------------------------------------------------------------------------------
 
     def _home(self, batches: Sequence[TensorBatch]) -> torch.device:
-        """Where the run state lives: with the parameters."""
-        return _device(batches[0]) if batches else self.runtime.state.values.device
+        """Where the run state lives: with parameters that are stepped, on a GPU if there is one, and where it was."""
+        devices = list(dict.fromkeys(map(_device, batches)))
+        have = self.runtime.state.values.device
+        off_host = [device for device in devices if device.type != "cpu"] or devices
+        return have if have in off_host or not off_host else off_host[0]
 
     def _part(self, batches: Sequence[TensorBatch]) -> tuple[list[TensorBatch], list[TensorBatch]]:
         """What the kernels take, and all else; an error where a group demands what they cannot do."""
@@ -244,31 +256,30 @@ class Stepper:
         entries = [self.state[param] for param in batch.params]
         grad_emas, momentum_buffers = ([entry[key] for entry in entries] for key in STATE_KEYS)
         compensations = [entry[COMPENSATION_KEY] for entry in entries if COMPENSATION_KEY in entry] or None
-        rounding_bits = None
+        rounding: list[Rounding] | None = None
         if grad_emas[0].dtype == torch.bfloat16:
-            rounding_bits = [
-                random_bits(h, place_key(batch.group_index, position), scalars.seed)
-                for h, position in zip(grad_emas, batch.positions, strict=True)
-            ]
+            rounding = [Rounding(place_key(batch.group_index, i), scalars.seed) for i in batch.positions]
         blends = self.runtime.raw_blends(self.groups)[batch.group_index]
         raw_blends = [blends[position] for position in batch.positions]
         arguments = scalars.of_group(group)
 
         written = batch.params + grad_emas + momentum_buffers + (compensations or [])
+        if scalars.inputs.grad_scale is not None:
+            written += batch.grads
         saved = [tensor.clone() for tensor in written] if isinstance(scalars.dropped, Tensor) else []
-        scalars.unscale_(batch.grads)
         tensors = (batch.params, batch.grads, grad_emas, momentum_buffers, raw_blends)
         if group["foreach"] is False:
             nothing = [None] * len(batch.params)
-            extras = zip(compensations or nothing, rounding_bits or nothing, strict=True)
+            extras = zip(compensations or nothing, rounding or nothing, strict=True)
             ratios = torch.stack(
                 [
-                    dals_reference_(*one, **arguments, compensation=compensation, rounding_bits=bits)
-                    for one, (compensation, bits) in zip(zip(*tensors, strict=True), extras, strict=True)
+                    dals_reference_(*one, **arguments, compensation=compensation, rounding=drawn)
+                    for one, (compensation, drawn) in zip(zip(*tensors, strict=True), extras, strict=True)
                 ]
             )
         else:
-            ratios = dals_foreach_(*tensors, **arguments, compensations=compensations, rounding_bits=rounding_bits)
+            ratios = dals_foreach_(*tensors, **arguments, compensations=compensations, rounding=rounding)
+        scalars.unscale_(batch.grads)
         for tensor, old in zip(written, saved, strict=bool(saved)):
             # The device alone knows whether the step is dropped: take it back where it is, without waiting.
             tensor.copy_(torch.where(scalars.dropped, old, tensor))  # type: ignore[arg-type]

@@ -49,16 +49,19 @@ def work_list(chunks: Sequence[int], window: int) -> Iterator[Item]:
 
 def packed_chunks(chunks: Sequence[int]) -> Tensor:
     """Every chunk once, as packed stage A items in the order of the tensors: what a scan of the gradients reads."""
-    runs = [layout.pack_item(t, torch.arange(count, dtype=torch.int64), STAGE_A) for t, count in enumerate(chunks)]
-    return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
+    runs = [
+        layout.pack_item(t, torch.arange(count, dtype=torch.int64, device="cpu"), STAGE_A)
+        for t, count in enumerate(chunks)
+    ]
+    return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def packed_work_list(chunks: Sequence[int], window: int) -> Tensor:
     """The same as an int64 tensor on the CPU, as the kernel reads it; 7 billion parameters make 3 million items."""
     runs = []
     for tensor, stage in stage_order(chunks, window):
-        order = torch.arange(chunks[tensor], dtype=torch.int64)
+        order = torch.arange(chunks[tensor], dtype=torch.int64, device="cpu")
         if stage == STAGE_B:
             order = order.flip(0)
         runs.append(layout.pack_item(tensor, order, stage))
-    return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
+    return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device="cpu")

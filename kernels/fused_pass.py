@@ -117,7 +117,7 @@ def _stage_a_tile(
         _store(m_ptr, at, _as_stored(m, bits >> 16, STATE_TYPE), mask, MASKED)
         if UNSCALE:
             _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED)
-    return tl.sum(p * p), tl.sum(u * u)
+    return tl.sum((p * p).to(tl.float64)), tl.sum((u * u).to(tl.float64))
 
 
 @triton.jit
@@ -258,8 +258,8 @@ def fused_pass(
                 h_ptr = h_address.to(tl.pointer_type(STATE_TYPE))
                 m_ptr = m_address.to(tl.pointer_type(STATE_TYPE))
                 c_ptr = c_address.to(tl.pointer_type(tl.int16))
-                p_square = 0.0
-                u_square = 0.0
+                p_square = tl.full([], 0.0, tl.float64)
+                u_square = tl.full([], 0.0, tl.float64)
                 stop = tl.minimum(start + CHUNK, numel)
                 for piece in range(start, stop, PIECE):
                     at = piece + tl.arange(0, PIECE).to(tl.int64)

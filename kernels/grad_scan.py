@@ -28,7 +28,9 @@ from fused_dals.kernels.fused_pass import (
 def _sums(g):
     # Counted on float32: a float16 or bfloat16 gradient is finite exactly if its float32 copy is.
     non_finite = (g != g) | (tl.abs(g) == float("inf"))
-    return tl.sum((g * g).to(tl.float64)), tl.sum(non_finite.to(tl.float64))
+    # Squared in float64: those of finite gradients above 1.8e19 leave the range of float32.
+    g = g.to(tl.float64)
+    return tl.sum(g * g), tl.sum(non_finite.to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["item_count"])

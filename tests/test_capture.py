@@ -297,7 +297,7 @@ def test_a_loss_on_the_host(monkeypatch: pytest.MonkeyPatch, path: dict[str, Any
     training = Training(path)
     training.step()
     loss = torch.tensor(1.0)
-    monkeypatch.setattr(host, "knows", lambda tensor: tensor.dim() == 0 and tensor.dtype == torch.float64)
+    monkeypatch.setattr(host, "knows", lambda tensor: tensor is loss)
     refused(
         training,
         monkeypatch,
@@ -372,6 +372,39 @@ def test_what_a_graph_reads_outlives_other_steps(monkeypatch: pytest.MonkeyPatch
     training.optimizer.step(loss=1.0)
     gc.collect()
     assert fused_pass.preparations == 2 and len(tables) == 9 and all(table() is not None for table in tables)
+
+
+def test_a_learning_rate_that_is_a_number_on_the_foreach_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training({"foreach": True, "capturable": True}, lr=0.1)
+    training.step()
+    refused(
+        training, monkeypatch, "group 0: .* lr is a number, which replays of torch operations would keep", training.step
+    )
+
+
+def test_refreshing_what_a_graph_cannot_see(monkeypatch: pytest.MonkeyPatch, path: dict[str, Any]) -> None:
+    training = Training(path)
+    training.step()
+    training.optimizer.zero_grad()
+    with capturing(monkeypatch):
+        training.step()
+    if path.get("foreach"):
+        with pytest.raises(RuntimeError, match="holds its numbers, as torch operations do: capture it again"):
+            training.optimizer.refresh_hyperparameters()
+        return
+    training.optimizer.refresh_hyperparameters()
+    training.optimizer.param_groups[0]["max_grad_norm"] = 0.1
+    with pytest.raises(RuntimeError, match="max_grad_norm or skip_nonfinite was turned on or off"):
+        training.optimizer.refresh_hyperparameters()
+
+
+def test_kernels_beside_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training({"capturable": True})
+    named = list(training.model.named_parameters())
+    groups = [{"params": named[:4], "fused": True}, {"params": named[4:], "fused": False}]
+    training.optimizer = DALS(groups, lr=training.lr, capturable=True, depth=0.5)
+    training.step()
+    refused(training, monkeypatch, "kernels and torch operations", training.step)
 
 
 # -- torch.compile ----------------------------------------------------------------------------------------------------

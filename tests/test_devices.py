@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench.host import without_launches
 from fused_dals import DALS, self_check, stepper
 from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
@@ -220,3 +221,65 @@ def test_a_second_device_is_what_its_stand_in_is_taken_for() -> None:
     assert CPU != OTHER and len({CPU, OTHER}) == 2
     p = torch.ones(2)
     assert stepper._device(TensorBatch(1, [0], [p], [p])) == CPU
+
+
+# -- defaults that a program may have ---------------------------------------------------------------------------------
+
+
+def test_the_default_device_is_no_matter_for_tables() -> None:
+    """The kernels' tables hold what they should; the interpreter itself does not run under another default device."""
+    a, b = ConvNet(), ConvNet()
+    tables = []
+    for model, device in ((a, "cpu"), (b, "meta")):
+        optimizer = DALS(model, fused=True, max_grad_norm=0.5)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with without_launches(), torch.device(device):
+            optimizer.step(loss=1.0)
+        (fused,) = optimizer._runtime.fused.values()
+        (launch,) = fused.launches
+        rows = [fused.group_table.rows, launch.bucket.items, launch.bucket.scan_items(), launch.bucket.blends]
+        tables.append([row.clone() for row in rows])
+        assert all(table.device == CPU for table in rows)
+    assert identical(*tables)
+
+
+@pytest.mark.parametrize("arguments", [{"foreach": False}, {"foreach": True}], ids=str)
+def test_the_default_device_is_no_matter(arguments: dict[str, Any], seed: int) -> None:
+    """Tables and scalars are made where they belong; on the meta device they would hold nothing."""
+    a = ConvNet()
+    b = copy.deepcopy(a)
+    options: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True, "restart_steps": 3, **arguments}
+    data = batch(F32)
+    one, two = DALS(a, **options), DALS(b, **options)
+    for _ in range(3):
+        for model, optimizer, device in ((a, one, "cpu"), (b, two, "meta")):
+            x, y = data
+            loss = nn.functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            with torch.device(device):
+                optimizer.step(loss=loss)
+    with torch.device("meta"):
+        saved = two.state_dict()
+        two.load_state_dict(saved)
+    assert identical(snapshot(a, one), snapshot(b, two))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_learning_rate_of_any_dtype_is_read_live(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device of the parameters, where nobody may wait for it: the kernels read it, or a copy of it."""
+    monkeypatch.setattr("fused_dals.host.knows", lambda tensor: False)
+    lr = torch.tensor(0.5, dtype=dtype)
+    p = nn.Parameter(torch.ones(4))
+    optimizer = DALS([("w", p)], lr=lr, fused=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step(loss=1.0)
+    assert (p < 1).all()
+    lr.fill_(0.0)
+    before = p.detach().clone()
+    optimizer.step(loss=1.0)
+    assert torch.equal(before, p)
+    lr.fill_(0.5)
+    optimizer.step(loss=1.0)
+    assert (p < before).all()

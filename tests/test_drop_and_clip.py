@@ -151,6 +151,40 @@ def test_without_amp_fused_the_scaler_does_it_all() -> None:
         DALS(model, amp_fused=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_of_narrow_parameters_are_unscaled_in_float32(path: dict[str, Any], dtype: torch.dtype) -> None:
+    """1e-3 / 65536 is 0 in float16: what is written back may be lost, the update must not be."""
+    p = nn.Parameter(torch.ones(8, dtype=dtype))
+    optimizer = DALS([("w", p)], amp_fused=True, weight_decay=0.0, **path)
+    p.grad = torch.full_like(p, 1e-3)
+    scaled = p.grad.double()
+    vars(optimizer).update(grad_scale=torch.tensor(65536.0), found_inf=torch.tensor(0.0))
+    optimizer.step(loss=1.0)
+    # After the first step: h = 0.7 g and u = b g + (1 - b) h with b = 0.5, the only parameter's depth being 0.5.
+    expected = scaled / 65536 * (0.5 + 0.5 * 0.7)
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"].double(), expected, rtol=1e-5, atol=0)
+
+
+def test_one_gradient_of_two_parameters_is_unscaled_once(path: dict[str, Any]) -> None:
+    p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = DALS([("p", p), ("q", q)], amp_fused=True, depth=0.5, **path)
+    p.grad = q.grad = torch.full((4,), 8.0)
+    vars(optimizer).update(grad_scale=torch.tensor(8.0), found_inf=torch.tensor(0.0))
+    optimizer.step(loss=1.0)
+    assert torch.equal(p.grad, torch.ones(4)) and torch.equal(q.grad, torch.ones(4))
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], optimizer.state[q]["momentum_buffer"])
+
+
+def test_a_scaler_over_parameters_without_gradients(path: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = DALS([("w", p)], amp_fused=True, **path)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    vars(optimizer).update(grad_scale=torch.tensor(8.0), found_inf=0)  # as GradScaler has it then
+    optimizer.step(loss=1.0)
+    assert torch.equal(p, torch.ones(4)) and optimizer.skipped_steps == 0
+
+
 # -- skip_nonfinite ---------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +266,20 @@ def test_clipping_is_clip_grad_norm_and_leaves_the_gradients_alone(
         torch.testing.assert_close(x, y, rtol=2e-5, atol=1e-6 * float(y.abs().max()))
     if max_grad_norm == 1e4:
         assert identical(snapshot(a, inside), snapshot(b, outside))
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of the interpreter
+def test_gradients_whose_squares_overflow_are_clipped_alike() -> None:
+    buffers = []
+    for arguments in PATHS.values():
+        p = nn.Parameter(torch.ones(5000))
+        optimizer = DALS([("w", p)], max_grad_norm=1.0, weight_decay=0.0, **arguments)
+        p.grad = torch.full_like(p, 1e25)
+        optimizer.step(loss=1.0)
+        buffers.append(optimizer.state[p]["momentum_buffer"])
+    for buffer in buffers:
+        assert buffer.max() > 0
+        torch.testing.assert_close(buffer, buffers[0], rtol=1e-5, atol=0)
 
 
 def test_the_norm_is_that_of_all_groups_and_each_keeps_its_own_limit(path: dict[str, Any], seed: int) -> None:

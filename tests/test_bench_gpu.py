@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from bench.__main__ import main
 from bench.contenders import Step
 from bench.gpu import checks as gpu_checks
 from bench.gpu import correctness as gpu_correctness
+from bench.gpu import features as gpu_features
 from bench.gpu import jobs as gpu_jobs
 from bench.gpu import machine as gpu_machine
 from bench.gpu import report as gpu_report
@@ -32,6 +33,9 @@ from bench.gpu import sweep as gpu_sweep
 from bench.gpu import timing as gpu_timing
 from bench.gpu.contenders import (
     ADAMW,
+    BF16_STATE,
+    CLIPPED,
+    COMPENSATED,
     COMPILED,
     FOREACH,
     FUSED,
@@ -108,6 +112,10 @@ class CpuMachine:
         if self.uses == 1:
             raise RuntimeError("called a synchronizing operation")
 
+    def capture(self, warm_up: Callable[[], object], work: Callable[[], object]) -> Callable[[], object]:
+        warm_up()
+        return work
+
     def launches(self, work: Callable[[], object]) -> list[Launch]:
         work()
         return [("kernel", "fused_pass"), ("kernel", "prologue"), ("gpu_memcpy", "Memcpy DtoD")]
@@ -131,6 +139,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
         host_tensors=2,
         host_groups=(1, 2),
         host_samples=2,
+        features=("self-check", "scan"),
         step_dtypes=("fp32", "bf16"),
         samples=2,
         copy_samples=1,
@@ -144,6 +153,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
         patch.setattr(gpu_checks, "QUEUE_S", 60.0)
         patch.setattr(gpu_timing, "WARMUP_STEPS", 1)
         patch.setattr(gpu_jobs, "SWEEP_DTYPES", ("fp32",))
+        patch.setattr(gpu_features, "SCAN_MODELS", ("resnet50",))
         for name, values in (("CHUNKS", (64, 128)), ("WARPS", (4,)), ("PROGRAMS", (1, 2)), ("WINDOW_SHARES", (0.5,))):
             patch.setattr(gpu_sweep, name, values)
         gpu.run(CpuMachine(), scale, path, workers=0)
@@ -167,7 +177,8 @@ def test_checks_hold_in_the_interpreter(ran: tuple[dict[str, Any], str]) -> None
     record, _ = ran
     for section in ("compile", *gpu_jobs.CHECKED):
         assert [row for row in record[section] if not row["passed"]] == []
-    assert len(record["correctness"]) == 3 and len(record["races"]) == 3 and len(record["waiting"]) == 6
+    assert [len(record[section]) for section in gpu_jobs.CHECKED] == [3, 3, 6, 2]
+    assert record["features"][1]["figures"]["bytes"] == 4 * 60
     passed = {target["label"]: target["passed"] for target in record["targets"]}
     assert all(passed[f"{section}: all checks hold"] for section in gpu_jobs.CHECKED)
     assert passed["launches per step, 2 tensors, DALS fused"] is True
@@ -178,9 +189,13 @@ def test_contenders_run_side_by_side_or_say_why_not(ran: tuple[dict[str, Any], s
     record, printed = ran
     steps = {(row["dtypes"], row["contender"]): row for row in record["steps"]}
     assert [name for dtypes, name in steps if dtypes == "fp32"] == list(contenders_for(FP32, 3, CompileBudget(0, 0)))
-    assert [name for dtypes, name in steps if dtypes == "bf16"] == [PASS_ALONE, ADAMW, SGD]
+    assert [name for dtypes, name in steps if dtypes == "bf16"] == [PASS_ALONE, BF16_STATE, COMPENSATED, ADAMW, SGD]
     assert [key for key, row in steps.items() if row["error"]] == [("fp32", COMPILED)]
     assert "the time for torch.compile in this run is spent" in printed
+    assert (steps["fp32", CLIPPED]["bytes_per_parameter"], steps["bf16", COMPENSATED]["bytes_per_parameter"]) == (
+        32,
+        18,
+    )
     row = steps["fp32", FUSED]
     assert row["side_by_side"] and len(row["device_samples_s"]) == len(row["host_samples_s"]) == 2
     assert row["bytes_per_s"] == pytest.approx(28 * 60 / row["device_s"]["median"])
@@ -289,6 +304,26 @@ class FakeEvent:
         return 1e3 * (other.at - self.at)
 
 
+class FakeStream:
+    order: ClassVar[list[str]] = []
+
+    def wait_stream(self, other: Any) -> None:
+        self.order.append("waits")
+
+
+class FakeGraph:
+    """Notes when it is captured and replayed."""
+
+    @contextlib.contextmanager
+    def captures(self) -> Iterator[None]:
+        FakeStream.order.append("capture")
+        yield
+        FakeStream.order.append("end")
+
+    def replay(self) -> None:
+        FakeStream.order.append("replay")
+
+
 class FakeProfile:
     """A profiler that has seen one kernel."""
 
@@ -310,8 +345,10 @@ def test_the_machine_against_a_stand_in_of_torch_cuda(monkeypatch: pytest.Monkey
     properties = SimpleNamespace(L2_cache_size=5, major=9, minor=0, multi_processor_count=132, total_memory=7)
     stand_ins = {
         "Event": FakeEvent,
-        "Stream": lambda: None,
-        "current_stream": lambda: None,
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "CUDAGraph": FakeGraph,
+        "graph": FakeGraph.captures,
         "stream": lambda stream: contextlib.nullcontext(),
         "get_device_properties": lambda device: properties,
         "get_device_name": lambda device: "H",
@@ -339,6 +376,9 @@ def test_the_machine_against_a_stand_in_of_torch_cuda(monkeypatch: pytest.Monkey
         raise KeyError
     assert modes == ["error", "default"]
     assert machine.launches(lambda: None) == [("kernel", "k")]
+    FakeStream.order = []
+    machine.capture(lambda: FakeStream.order.append("warm up"), lambda: FakeStream.order.append("work"))()
+    assert FakeStream.order == ["waits", "warm up", "waits", "capture", "work", "end", "replay"]
 
 
 def test_launches_are_what_the_device_executes() -> None:
@@ -604,12 +644,13 @@ def test_targets_on_host_time_and_launches() -> None:
 
 def test_checks_that_fail_or_were_not_made_fail_their_target() -> None:
     results = Results([1.0])
-    assert [target.passed for target in targets_of(results, CpuMachine())][:3] == [None] * 3
+    assert [target.passed for target in targets_of(results, CpuMachine())][:4] == [None] * 4
     results.rows["races"] = [Check("a", True, ""), Check("b", False, "")]
     results.rows["waiting"] = [Check("a", True, "")]
     run_jobs([Job("correctness", "bad", lambda: [][0])], results, Deadline(60), lambda job: None, lambda: None)
+    run_jobs([Job("features", "bad", lambda: [][0])], results, Deadline(60), lambda job: None, lambda: None)
     targets = targets_of(results, CpuMachine())
-    assert [target.passed for target in targets[:3]] == [False, False, True]
+    assert [target.passed for target in targets[:4]] == [False, False, True, False]
     assert targets[1].value == "2 checks, 1 bad"
 
 

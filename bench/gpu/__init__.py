@@ -24,7 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu",
         description="On a GPU, in at most eight minutes: correctness of the compiled kernels, a race hunt, waiting, "
-        "launches, host time, step time beside other optimizers, a tuning sweep; then the targets, passed or not.",
+        "launches, host time, graphs, GradScaler, clipping, narrow state, step time beside other optimizers, a tuning "
+        "sweep; then the targets, passed or not.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results, after each part anew")
     parser.add_argument("--quick", action="store_true", help="three models, fewer samples, no sweep: two minutes")

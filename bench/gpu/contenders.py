@@ -18,6 +18,8 @@ from fused_dals.gather import flat_zeros
 from fused_dals.reference import compute_dtype, dals_reference_
 
 FUSED, FOREACH, COMPILED = "DALS fused", "DALS foreach", "DALS reference compiled"
+CLIPPED = "DALS fused, max_grad_norm"
+BF16_STATE, COMPENSATED = "DALS fused, bf16 state", "DALS fused, compensated"
 PASS_ALONE = "DALS fused pass alone"
 ADAMW, ADAMW_FOREACH, SGD = "AdamW fused", "AdamW foreach", "SGD momentum fused"
 
@@ -85,10 +87,16 @@ def contenders_for(dtypes: Dtypes, tensors: int, budget: CompileBudget) -> dict[
         SGD: Contender(_sgd_fused, 4 * p + g, p),
     }
     if dtypes[2] != compute_dtype(dtypes[0]):
-        # The optimizer has no such state dtype: the pass is driven directly.
-        return {PASS_ALONE: Contender(_pass_alone(dtypes[2]), moves, 2 * state), **torch_optimizers}
+        # The pass driven directly, beside what the optimizer makes of it, without and with a compensation.
+        return {
+            PASS_ALONE: Contender(_pass_alone(dtypes[2]), moves, 2 * state),
+            BF16_STATE: Contender(_dals_fused(state_dtype=dtypes[2]), moves, 2 * state),
+            COMPENSATED: Contender(_dals_fused(state_dtype=dtypes[2], compensated=True), moves + 4, 2 * state + 2),
+            **torch_optimizers,
+        }
     found = {
-        FUSED: Contender(_dals_fused, moves, 2 * state),
+        FUSED: Contender(_dals_fused(), moves, 2 * state),
+        CLIPPED: Contender(_dals_fused(max_grad_norm=1.0), moves + g, 2 * state),
         FOREACH: Contender(CONTENDERS["DALS foreach"], moves, 2 * state, 4 * state),
         **torch_optimizers,
         ADAMW_FOREACH: Contender(CONTENDERS["AdamW foreach"], least_bytes(p, g, p), 2 * p, 2 * p),
@@ -98,10 +106,13 @@ def contenders_for(dtypes: Dtypes, tensors: int, budget: CompileBudget) -> dict[
     return found
 
 
-def _dals_fused(named: Sequence[NamedParameter]) -> Step:
-    optimizer = DALS(list(named), lr=LR, fused=True)
-    loss = torch.ones((), device=named[0][1].device)
-    return lambda: optimizer.step(loss=loss)
+def _dals_fused(**arguments: Any) -> Factory:
+    def build(named: Sequence[NamedParameter]) -> Step:
+        optimizer = DALS(list(named), lr=LR, fused=True, **arguments)
+        loss = torch.ones((), device=named[0][1].device)
+        return lambda: optimizer.step(loss=loss)
+
+    return build
 
 
 def _sgd_fused(named: Sequence[NamedParameter]) -> Step:

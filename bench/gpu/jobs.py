@@ -22,6 +22,7 @@ from bench.gpu.correctness import (
     grid,
 )
 from bench.gpu.driver import Dtypes, Plan, compile_variant
+from bench.gpu.features import FEATURES, KERNELS, compile_kernels, features
 from bench.gpu.machine import Machine
 from bench.gpu.races import Crowd, hunt_races
 from bench.gpu.sweep import compiled_variants, sweep
@@ -41,8 +42,8 @@ CROWD = Crowd(tiny=4000, tiny_elements=3000, huge=3, huge_elements=40_000_000)
 #: What the largest model becomes where p, g, h and m do not fit.
 SMALLER = {"llama_7b": "llama_1b"}
 
-SECTIONS = ("compile", "correctness", "races", "waiting", "launches", "host", "steps", "sweep")
-CHECKED = ("correctness", "races", "waiting")
+SECTIONS = ("compile", "correctness", "races", "waiting", "launches", "host", "features", "steps", "sweep")
+CHECKED = ("correctness", "races", "waiting", "features")
 
 #: Kernels are compiled in so many processes beforehand, for at most so long.
 COMPILE_WORKERS, COMPILE_SECONDS = 8, 90.0
@@ -62,6 +63,7 @@ class Scale:
     host_tensors: int = 300
     host_groups: tuple[int, ...] = (1, 10, 100, 300)
     host_samples: int = 100
+    features: tuple[str, ...] = FEATURES
     step_dtypes: tuple[str, ...] = tuple(STEP_DTYPES)
     samples: int = 25
     copy_samples: int = 10
@@ -131,7 +133,7 @@ class Deadline:
 
 def jobs_of(machine: Machine, scale: Scale, results: Results, deadline: Deadline, workers: int) -> list[Job]:
     """Everything to do, in order: what must be right first, what is only worth knowing last."""
-    jobs = [Job("compile", "kernels", lambda: compile_ahead(machine.device, variants_of(scale), workers))]
+    jobs = [Job("compile", "kernels", lambda: compile_ahead(machine.device, compilations_of(scale), workers))]
     for dtypes in scale.grid_dtypes:
         jobs.append(Job("correctness", dtypes_label(dtypes), _grid_job(machine, scale, dtypes)))
     jobs.append(Job("correctness", "optimizer", lambda: [check_optimizer(machine, scale.seed)]))
@@ -149,6 +151,8 @@ def jobs_of(machine: Machine, scale: Scale, results: Results, deadline: Deadline
         Job("host", "groups", lambda: time_host(machine, scale.host_tensors, scale.host_groups, scale.host_samples))
     )
     budget = CompileBudget(*scale.compile_budget)
+    checks = features(machine, scale.samples, budget, scale.seed)
+    jobs += [Job("features", name, checks[name]) for name in scale.features]
     for model in scale.models:
         for name in scale.step_dtypes:
             jobs.append(Job("steps", f"{model} {name}", _step_job(machine, scale, results, model, name, budget)))
@@ -254,25 +258,38 @@ def variants_of(scale: Scale) -> list[Variant]:
     return list(found)
 
 
-def compile_ahead(device: torch.device, variants: Sequence[Variant], workers: int) -> list[Check]:
+#: What it is called, and what a process runs for it: a function and its arguments after the device.
+Compilation = tuple[str, Callable[..., None], tuple[Any, ...]]
+
+
+def compilations_of(scale: Scale) -> list[Compilation]:
+    """All that is to be compiled: variants of the pass, and the kernels of what the optimizer offers beyond it."""
+    found: list[Compilation] = [
+        (f"{dtypes_label(dtypes)}, {plan}", compile_variant, (dtypes, plan, tensors))
+        for dtypes, plan, tensors in variants_of(scale)
+    ]
+    return found + [(name, compile_kernels, (name,)) for name in (KERNELS if scale.features else ())]
+
+
+def compile_ahead(device: torch.device, compilations: Sequence[Compilation], workers: int) -> list[Check]:
     """Compile in several processes, whose results later steps find on disk; without workers, here."""
     start = time.monotonic()
     done, errors = 0, []
     if workers:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:  # leaving ends the processes
-            calls = [pool.apply_async(compile_variant, (device, *variant)) for variant in variants]
-            for call, (dtypes, plan, _) in zip(calls, variants, strict=True):
+            calls = [pool.apply_async(run, (device, *arguments)) for _, run, arguments in compilations]
+            for call, (label, _, _) in zip(calls, compilations, strict=True):
                 try:
                     call.get(timeout=max(0.1, COMPILE_SECONDS - (time.monotonic() - start)))
                     done += 1
                 except Exception as error:
-                    errors.append(f"{dtypes_label(dtypes)}, {plan}: {one_line(error)}")
+                    errors.append(f"{label}: {one_line(error)}")
     else:
-        for variant in variants:
-            compile_variant(device, *variant)
+        for _, run, arguments in compilations:
+            run(device, *arguments)
             done += 1
     taken = time.monotonic() - start
-    detail = "; ".join([f"{done} of {len(variants)} variants in {taken:.0f} s, {workers} processes", *errors[:3]])
+    detail = "; ".join([f"{done} of {len(compilations)} variants in {taken:.0f} s, {workers} processes", *errors[:3]])
     return [Check("kernels compiled", not errors, detail, {"seconds": taken, "variants": done})]
 
 

@@ -76,6 +76,10 @@ class Machine(Protocol):
         """Within it an operation that waits for the device is an error."""
         ...
 
+    def capture(self, warm_up: Callable[[], object], work: Callable[[], object]) -> Callable[[], object]:
+        """Run ``warm_up`` on a stream beside, then put ``work`` into a graph without running it; returns the replay."""
+        ...
+
     def launches(self, work: Callable[[], object]) -> list[Launch]:
         """Category and name of each kernel, memset and copy that ``work`` launches."""
         ...
@@ -164,6 +168,21 @@ class CudaMachine:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    def capture(self, warm_up: Callable[[], object], work: Callable[[], object]) -> Callable[[], object]:
+        self.wait()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            warm_up()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.wait()  # here, where it can be given up; capture begins with a wait of its own
+        gc.collect()  # no graph of before may be destroyed in the midst of it
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        replay: Callable[[], object] = graph.replay
+        return replay
 
     def launches(self, work: Callable[[], object]) -> list[Launch]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

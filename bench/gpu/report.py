@@ -26,8 +26,9 @@ from bench.table import format_table
 STEP_NOTES = """\
 device: CUDA events around several steps back to back, behind other work, so that the host's time is hidden as far as
 the queue of launches is long. host: step() into an empty queue, without waiting. A loop of steps takes the larger one.
-GB/s: bytes that the optimizer must move at least (28, 22 or 14 per parameter for DALS, less where AdamW and SGD keep
-their state in bf16) over device time. copy: share of the bandwidth of large copies in this run, read plus written.
+GB/s: bytes that the optimizer must move at least (28, 22 or 14 per parameter for DALS, one gradient more to clip, 4
+bytes more with a compensation, less where AdamW and SGD keep their state in bf16) over device time. copy: share of the
+bandwidth of large copies in this run, read plus written.
 All step the same tensors; "in turn" where memory does not hold all their states at once, else round by round."""
 
 

@@ -34,7 +34,7 @@ SCAN_MODELS = ("resnet50", "gpt2")
 LIMITS = (1e-3, 0.5, 1e6)
 CLIPPED_STEPS, COMPENSATED_STEPS = 4, 10
 #: Most seconds that inductor may take here; the eager backend says as much about recompiling.
-INDUCTOR_SECONDS = 25.0
+INDUCTOR_SECONDS = 20.0
 
 Feature = Callable[[], Iterable[Check]]
 

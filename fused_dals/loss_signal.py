@@ -47,7 +47,9 @@ class LossSignal:
             self.pending = self.pending + host.scalars_on(self.pending.device, value)
         self._count += 1
         self.observed = True
-        self.seen_outside_capture |= not is_capturing(self.pending.device)
+        # A compiled module's hook is traced once, whatever the stream does when it runs.
+        if not torch.compiler.is_compiling() and not is_capturing(self.pending.device):
+            self.seen_outside_capture = True
 
     def take(self, device: torch.device) -> tuple[Tensor | None, int]:
         """Hand over the sum, on ``device``, and the number of the pending losses."""

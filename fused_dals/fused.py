@@ -155,7 +155,7 @@ class FusedPass:
         if capturing:
             return self._follow_in_graph(addresses)
         table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        if ((table ^ self._grad_table) % WIDE_BYTES).any():
+        if any(((table ^ self._grad_table) % WIDE_BYTES).tolist()):
             return False
         for launch, places in zip(self.launches, self._grad_places, strict=True):
             launch.bucket.refresh_grads(table[places])

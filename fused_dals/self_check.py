@@ -68,7 +68,7 @@ def _waiting_allowed(device: torch.device) -> Iterator[None]:
 
 def _error_of_kernels(device: torch.device) -> float:
     """The largest error of a fused step of small tensors against the reference, over the largest change."""
-    drawn = [torch.randn(2, size) for size in _SIZES]
+    drawn = [torch.randn(2, size, dtype=torch.float32, device="cpu") for size in _SIZES]
     start, grads = [pair[0].to(device) for pair in drawn], [pair[1].to(device) for pair in drawn]
     loss = torch.tensor(_LOSS, dtype=torch.float64, device=device)
     inputs = StepInputs(RunState().values.to(device), loss, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -181,10 +182,6 @@ def _refusals(machine: Machine, seed: int) -> dict[str, Callable[[], Verdict]]:
 
     found: dict[str, Callable[[], Verdict]] = {}
     for path, chosen in PATHS.items():
-        found[f"{path}, not capturable"] = lambda chosen=chosen: refused(
-            "needs capturable=True", 1, capturable=False, **chosen
-        )  # type: ignore[misc]
-        found[f"{path}, the first step"] = lambda chosen=chosen: refused(  # type: ignore[misc]
-            "has not stepped yet", 0, **chosen
-        )
+        found[f"{path}, not capturable"] = partial(refused, "needs capturable=True", 1, capturable=False, **chosen)
+        found[f"{path}, the first step"] = partial(refused, "has not stepped yet", 0, **chosen)
     return found

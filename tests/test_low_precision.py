@@ -41,8 +41,9 @@ def nearest_ties_away(w: Tensor) -> Tensor:
 
 def test_a_weight_and_its_compensation_are_the_float32_weight(seed: int) -> None:
     w = any_floats(200_000)
-    ties = ((torch.arange(-1000, 1000, dtype=torch.int32) << 16) | 0x8000).view(F32)
-    w = torch.cat([w, ties[~ties.isnan()]])
+    uppers = torch.arange(-1000, 1000, dtype=torch.int32) << 16
+    edges = torch.cat([uppers | 0x7FFF, uppers | 0x8000]).view(F32)  # as far as they go, and ties
+    w = torch.cat([w, edges[~edges.isnan()]])
     upper, lower = split(w)
     assert torch.equal(join(upper, lower).view(torch.int32), w.view(torch.int32))
     assert torch.equal(upper.view(torch.int16), nearest_ties_away(w).view(torch.int16))

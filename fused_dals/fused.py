@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class Launch:
     key: BucketKey
     params: list[Tensor]
     members: list[TrustRatios]  # by group, views of what the launch leaves on the device and the next writes anew
-    baked: list[BakedTable] = field(default_factory=list)  # gradients' addresses in captured graphs, which outlive it
+    baked: BakedTable | None = None  # the gradients' addresses in the graph that is being captured, or was last
 
 
 class FusedPass:
@@ -136,12 +136,11 @@ class FusedPass:
         self._grad_addresses = [address for _, _, address in in_order]
         self._grad_table = torch.tensor(self._grad_addresses, dtype=torch.int64, device="cpu")
         rank = {(group_index, position): i for i, (group_index, position, _) in enumerate(in_order)}
-        self._grad_places = [
-            torch.tensor(
-                [rank[member.group_index, position] for member in launch.members for position in member.positions]
-            )
+        places = (
+            [rank[member.group_index, position] for member in launch.members for position in member.positions]
             for launch in self.launches
-        ]
+        )
+        self._grad_places = [torch.tensor(some, dtype=torch.int64, device="cpu") for some in places]
 
     def follow_grads(self, addresses: list[int]) -> bool:
         """Point the tables to gradients at new addresses, in the order of the groups; False if that needs prepare().
@@ -169,9 +168,9 @@ class FusedPass:
         groups = self.group_table
         self._held_for_graphs += [self.sync, self._scan_rows, groups.rows, groups.addresses, groups.scalars]
         for launch, places in zip(self.launches, self._grad_places, strict=True):
-            launch.baked.append(BakedTable(len(places), self.device))
-            launch.baked[-1].write([addresses[place] for place in places.tolist()])
-            self._held_for_graphs += [launch.baked[-1], *launch.bucket.memory()]
+            launch.baked = BakedTable(len(places), self.device)
+            launch.baked.write([addresses[place] for place in places.tolist()])
+            self._held_for_graphs += [launch.baked, *launch.bucket.memory()]
         return True
 
     def scan(self) -> Tensor:
@@ -274,7 +273,7 @@ class FusedPass:
         )
 
     def _grads_of(self, launch: Launch) -> Tensor:
-        return launch.baked[-1].values if is_capturing(self.device) and launch.baked else launch.bucket.grads
+        return launch.baked.values if launch.baked and is_capturing(self.device) else launch.bucket.grads
 
     def _programs(self) -> int:
         if self.device.type != "cuda":

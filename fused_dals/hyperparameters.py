@@ -40,7 +40,8 @@ class DALSOptions(TypedDict, total=False):
     amp_fused: bool
 
 
-#: Run state that every group carries as plain numbers, so that any checkpoint format takes it along.
+#: Run state that every group carries as plain numbers, so that any checkpoint format takes it along; in the order of
+#: RunState.values.
 COUNTERS = ("step", "loss_ema", "loss_drop", "skipped_steps")
 
 #: Hyperparameters that decide which path serves a parameter and what state it has; all others are numbers in tables.

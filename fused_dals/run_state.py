@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_dals import host
+from fused_dals.hyperparameters import COUNTERS
 from fused_dals.kernels import layout
 from fused_dals.phase import NO_LOSS_YET, update_loss_ema
 
@@ -26,13 +27,12 @@ class RunState:
 
     def numbers(self) -> dict[str, float]:
         """All as plain numbers, by the names they have in param groups; waits for the device."""
-        step, loss_ema, loss_drop, skipped_steps = self.values.tolist()
-        return {"step": int(step), "loss_ema": loss_ema, "loss_drop": loss_drop, "skipped_steps": int(skipped_steps)}
+        numbers = dict(zip(COUNTERS, self.values.tolist(), strict=True))
+        return {**numbers, "step": int(numbers["step"]), "skipped_steps": int(numbers["skipped_steps"])}
 
     def restore(self, numbers: Mapping[str, float]) -> None:
         """Go on from the plain numbers of a checkpoint."""
-        names = ("step", "loss_ema", "loss_drop", "skipped_steps")
-        self.values.copy_(torch.tensor([float(numbers[name]) for name in names], dtype=torch.float64, device="cpu"))
+        self.values.copy_(torch.tensor([float(numbers[name]) for name in COUNTERS], dtype=torch.float64, device="cpu"))
 
     def move_to(self, device: torch.device) -> None:
         """Live on ``device`` from now on."""

@@ -73,9 +73,9 @@ class Runtime:
             )
         return self.depths.of_group(index, group_labels(group, index), names, group.get("depth"))
 
-    def raw_blends(self, groups: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-        """b of every parameter of every group."""
-        return [[raw_blend(depth) for depth in self.depths_of(groups, index)] for index in range(len(groups))]
+    def raw_blends(self, groups: Sequence[Mapping[str, Any]], index: int) -> list[float]:
+        """b of every parameter of a group."""
+        return [raw_blend(depth) for depth in self.depths_of(groups, index)]
 
     def warn_once(self, kind: str, message: str) -> None:
         if kind not in self.warned:

@@ -175,10 +175,11 @@ class Stepper:
     def _prepare(self, batches: Sequence[TensorBatch]) -> list[FusedPass]:
         """The passes that serve these batches, device by device, with their tables written."""
         passes = []
+        blends = [self.runtime.raw_blends(self.groups, index) for index in range(len(self.groups))] if batches else []
         for device in dict.fromkeys(map(_device, batches)):
             fused = self.runtime.fused.setdefault(device, FusedPass(device))
             own = [batch for batch in batches if _device(batch) == device]
-            fused.prepare(own, self.state, self.runtime.raw_blends(self.groups))
+            fused.prepare(own, self.state, blends)
             passes.append(fused)
         return passes
 
@@ -259,7 +260,7 @@ class Stepper:
         rounding: list[Rounding] | None = None
         if grad_emas[0].dtype == torch.bfloat16:
             rounding = [Rounding(place_key(batch.group_index, i), scalars.seed) for i in batch.positions]
-        blends = self.runtime.raw_blends(self.groups)[batch.group_index]
+        blends = self.runtime.raw_blends(self.groups, batch.group_index)
         raw_blends = [blends[position] for position in batch.positions]
         arguments = scalars.of_group(group)
 

@@ -18,6 +18,13 @@ from tests.oracle import Oracle, oracle_depths, oracle_group
 PRESETS: dict[str, type[DALS]] = {"dals": DALS, "dals_fast": DALSFast, "dals_acc": DALSAcc}
 PATHS = {"reference": False, "foreach": True}
 
+#: The same with the kernels, as arguments.
+EVERY_PATH: dict[str, dict[str, Any]] = {
+    "reference": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
 
 class ConvNet(nn.Module):
     """A small real network: convolution, normalisation, a parameter of the root, a head."""

@@ -365,7 +365,7 @@ def test_what_a_graph_reads_outlives_other_steps(monkeypatch: pytest.MonkeyPatch
         training.step()
     (fused_pass,) = training.optimizer._runtime.fused.values()
     (launch,) = fused_pass.launches
-    tables = [weakref.ref(t) for t in (*launch.bucket.memory(), fused_pass.sync, launch.baked[-1]) if t is not None]
+    tables = [weakref.ref(t) for t in (*launch.bucket.memory(), fused_pass.sync, launch.baked) if t is not None]
     graph.calls.clear()  # the recorder's hold on them, which a graph has not
     del launch
     training.model.scale.grad = None

@@ -12,17 +12,12 @@ from torch import Tensor, nn
 
 from fused_dals import DALS, host, scalars
 from fused_dals.run_state import StepInputs
-from tests.helpers import ConvNet, batch, identical, snapshot, train_step
+from tests.helpers import EVERY_PATH, ConvNet, batch, identical, snapshot, train_step
 
 F32 = torch.float32
 INF, NAN = math.inf, math.nan
 
-PATHS: dict[str, dict[str, Any]] = {
-    "reference": {"foreach": False},
-    "foreach": {"foreach": True},
-    "foreach as on a device": {"foreach": True},
-    "fused": {"fused": True},
-}
+PATHS = {**EVERY_PATH, "foreach as on a device": {"foreach": True}}
 
 
 @pytest.fixture(params=PATHS)

@@ -18,14 +18,9 @@ from torch import Tensor, nn
 
 from fused_dals import DALS
 from fused_dals.buckets import CHUNK
-from tests.helpers import identical
+from tests.helpers import EVERY_PATH, identical
 
 F32, BF16 = torch.float32, torch.bfloat16
-PATHS: dict[str, dict[str, Any]] = {
-    "reference": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 Shapes: TypeAlias = list[tuple[int, ...]]
 Layout: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -122,7 +117,9 @@ def train(case: str, path: str, dtype: torch.dtype, **options: Any) -> tuple[Res
     shapes, of_params, of_grads = CASES[case]
     start = of_params([torch.randn(shape, dtype=dtype, device=device) for shape in shapes])
     params = [[nn.Parameter(t) for t in start], [nn.Parameter(contiguous_copy(t)) for t in start]]
-    optimizers = [DALS([(f"p{i}", p) for i, p in enumerate(ps)], lr=0.1, **PATHS[path], **options) for ps in params]
+    optimizers = [
+        DALS([(f"p{i}", p) for i, p in enumerate(ps)], lr=0.1, **EVERY_PATH[path], **options) for ps in params
+    ]
     beside = [memory.isnan() for memory in memory_of(start)]
     for loss in (1.0, 0.99):
         grads = of_grads([torch.randn(shape, dtype=dtype, device=device) for shape in shapes])
@@ -144,7 +141,7 @@ def train(case: str, path: str, dtype: torch.dtype, **options: Any) -> tuple[Res
     return first, second
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", EVERY_PATH)
 @pytest.mark.parametrize(("case", "dtype"), [*((case, F32) for case in CASES), *((case, BF16) for case in NARROW_TOO)])
 def test_the_same_bits_as_plain_copies(case: str, dtype: torch.dtype, path: str, seed: int) -> None:
     odd, plain = train(case, path, dtype, trust_clip=(1.0, 1.0))
@@ -155,7 +152,7 @@ def test_the_same_bits_as_plain_copies(case: str, dtype: torch.dtype, path: str,
         assert identical(odd.tensors, plain.tensors)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", EVERY_PATH)
 @pytest.mark.parametrize("case", CASES)
 def test_ratios_differ_by_the_order_of_their_sums(case: str, path: str, seed: int) -> None:
     odd, plain = train(case, path, F32, trust_coefficient=1.0, trust_clip=(0.0, 5.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,16 +10,10 @@ from torch import Tensor, nn
 
 from fused_dals import DALS
 from fused_dals.rounding import join, place_key, random_bits, split, step_seed, stochastic_bfloat16
-from tests.helpers import ConvNet, batch, identical, snapshot, train_step
+from tests.helpers import EVERY_PATH, ConvNet, batch, identical, snapshot, train_step
 
 BF16, F32 = torch.bfloat16, torch.float32
 
-#: What to pass for each path.
-PATHS: dict[str, dict[str, Any]] = {
-    "reference": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 3.3895e38, -3.3895e38, 1e-40, -1e-45, float("inf"), float("-inf")]
 
@@ -106,14 +99,14 @@ class Bf16Net(ConvNet):
         return out
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", EVERY_PATH)
 def test_compensated_training_follows_float32_master_weights_bit_for_bit(path: str, seed: int) -> None:
     """The loop that people write: float32 masters are stepped with the gradients of their bfloat16 copies."""
     model = Bf16Net()
     plain = copy.deepcopy(model)
-    optimizer = DALS(model, lr=0.3, compensated=True, total_steps=15, **PATHS[path])
+    optimizer = DALS(model, lr=0.3, compensated=True, total_steps=15, **EVERY_PATH[path])
     masters = {name: nn.Parameter(p.detach().float()) for name, p in plain.named_parameters()}
-    stepped = DALS(list(masters.items()), lr=0.3, total_steps=15, **PATHS[path])
+    stepped = DALS(list(masters.items()), lr=0.3, total_steps=15, **EVERY_PATH[path])
     data = batch(F32)
     for _ in range(12):
         loss = train_step(model, optimizer, data)
@@ -141,13 +134,13 @@ def test_compensated_training_follows_float32_master_weights_bit_for_bit(path: s
     assert moved > 100, "the weights hold more than bfloat16 could"
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", EVERY_PATH)
 def test_small_updates_are_lost_without_a_compensation(path: str, seed: int) -> None:
     """The negative control, and the reason for all this: bfloat16 weights of 1 do not see steps below 2^-9."""
 
     def after(compensated: bool) -> Tensor:
         p = nn.Parameter(torch.ones(64, dtype=BF16))
-        optimizer = DALS([("w", p)], lr=1e-4, trust_clip=(1.0, 1.0), compensated=compensated, **PATHS[path])
+        optimizer = DALS([("w", p)], lr=1e-4, trust_clip=(1.0, 1.0), compensated=compensated, **EVERY_PATH[path])
         for _ in range(100):
             # Upwards, because the interpreter truncates where a GPU rounds.
             p.grad = -torch.ones_like(p)
@@ -167,10 +160,10 @@ def test_float16_cannot_be_compensated_and_says_so() -> None:
     assert torch.equal(p, torch.ones_like(p)) and not optimizer.state
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", EVERY_PATH)
 def test_bfloat16_state_trains_reproducibly_and_resumes_bit_for_bit(path: str, seed: int) -> None:
     def build(model: nn.Module) -> DALS:
-        return DALS(model, lr=0.3, state_dtype=BF16, total_steps=12, **PATHS[path])
+        return DALS(model, lr=0.3, state_dtype=BF16, total_steps=12, **EVERY_PATH[path])
 
     model, data = ConvNet(), batch(F32)
     again = copy.deepcopy(model)
@@ -192,13 +185,13 @@ def test_bfloat16_state_trains_reproducibly_and_resumes_bit_for_bit(path: str, s
 
 def test_the_paths_round_alike(seed: int) -> None:
     """All draw the same bits: buffers differ only where the last bit of float32 arithmetic tips the scale."""
-    models = {path: ConvNet() for path in PATHS}
+    models = {path: ConvNet() for path in EVERY_PATH}
     data = batch(F32)
     start = copy.deepcopy(models["reference"].state_dict())
     buffers = {}
     for path, model in models.items():
         model.load_state_dict(start)
-        optimizer = DALS(model, lr=0.1, state_dtype=BF16, **PATHS[path])
+        optimizer = DALS(model, lr=0.1, state_dtype=BF16, **EVERY_PATH[path])
         train_step(model, optimizer, data)
         buffers[path] = torch.cat([v.flatten() for entry in optimizer.state.values() for v in entry.values()])
     for path in ("foreach", "fused"):
@@ -210,7 +203,7 @@ def test_layouts_round_by_the_element_s_place_in_memory(seed: int) -> None:
     """A channels_last tensor's bits follow its memory, on every path."""
     results = []
     p0, g = torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last), torch.randn(4, 6, 3, 3)
-    for arguments in PATHS.values():
+    for arguments in EVERY_PATH.values():
         p = nn.Parameter(p0.clone())
         optimizer = DALS([("w", p)], state_dtype=BF16, **arguments)
         p.grad = g.clone()
@@ -234,11 +227,11 @@ def test_a_state_dtype_changed_under_way_is_refused_with_the_way_out(seed: int) 
     assert {entry["grad_ema"].dtype for entry in optimizer.state.values()} == {BF16}
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", EVERY_PATH)
 def test_a_compensation_comes_and_goes(path: str, seed: int) -> None:
     """Turned on it starts from zeros, which is what the weights have; turned off it is dropped; checkpoints follow."""
     model, data = Bf16Net(), batch(F32)
-    optimizer = DALS(model, **PATHS[path])
+    optimizer = DALS(model, **EVERY_PATH[path])
     train_step(model, optimizer, data)
     optimizer.param_groups[0]["compensated"] = True
     optimizer.load_state_dict(optimizer.state_dict())
@@ -250,7 +243,7 @@ def test_a_compensation_comes_and_goes(path: str, seed: int) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     train_step(model, optimizer, data)
     assert "compensation" not in optimizer.state[model.scale]
-    again = DALS(other, **PATHS[path])
+    again = DALS(other, **EVERY_PATH[path])
     again.load_state_dict(saved)
     assert torch.equal(again.state[other.conv.weight]["compensation"], saved["state"][1]["compensation"])
     other.float()

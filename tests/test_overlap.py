@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fused_dals import DALS
 from fused_dals.overlap import find_overlap
 from tests.conftest import SEED
+from tests.helpers import EVERY_PATH
 
 F32, F16, F64, U8 = torch.float32, torch.float16, torch.float64, torch.uint8
 ROOM = 256
@@ -212,13 +213,6 @@ def test_disjoint_dense_parameters_take_no_search(count: int, monkeypatch: pytes
     assert find_overlap(params) is None
 
 
-PATHS: dict[str, dict[str, Any]] = {
-    "reference": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
-
-
 def stepped(params: list[tuple[str, torch.nn.Parameter]], arguments: dict[str, Any]) -> DALS:
     optimizer = DALS(params, **arguments)
     for _, p in params:
@@ -227,7 +221,7 @@ def stepped(params: list[tuple[str, torch.nn.Parameter]], arguments: dict[str, A
     return optimizer
 
 
-@pytest.mark.parametrize("arguments", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("arguments", EVERY_PATH.values(), ids=EVERY_PATH)
 def test_a_step_refuses_parameters_that_share_memory(arguments: dict[str, Any]) -> None:
     memory = torch.ones(10)
     a, b = torch.nn.Parameter(memory[:6]), torch.nn.Parameter(memory[4:])
@@ -240,7 +234,7 @@ def test_a_step_refuses_parameters_that_share_memory(arguments: dict[str, Any]) 
     assert torch.equal(wide, torch.ones(3, 4))
 
 
-@pytest.mark.parametrize("arguments", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("arguments", EVERY_PATH.values(), ids=EVERY_PATH)
 def test_a_step_takes_interleaved_views(arguments: dict[str, Any]) -> None:
     memory = torch.ones(5, 4)
     columns = [(str(i), torch.nn.Parameter(memory[:, i])) for i in range(4)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,10 +20,44 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 why_kernels_fail = self_check.why_kernels_fail.__wrapped__
 
 
-def test_kernels_that_work_and_random_numbers_that_stay() -> None:
-    before = torch.random.get_rng_state()
-    assert why_kernels_fail(DEVICE) == ""
-    assert torch.equal(before, torch.random.get_rng_state())
+@pytest.fixture
+def fresh_check() -> Iterator[None]:
+    self_check.why_kernels_fail.cache_clear()
+    yield
+    self_check.why_kernels_fail.cache_clear()
+
+
+def test_kernels_that_work_pass_the_check_and_leave_the_generator_alone(fresh_check: None) -> None:
+    before = torch.get_rng_state()
+    assert self_check.why_kernels_fail(DEVICE) == ""
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_kernels_that_fail_are_told_once_and_left_alone(fresh_check: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: FusedPass, *arguments: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(FusedPass, "run", broken)
+    with pytest.warns(
+        UserWarning, match=f"without its Triton kernels on {DEVICE}: RuntimeError: Failed to find C compiler"
+    ):
+        assert self_check.why_kernels_fail(DEVICE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_check.why_kernels_fail(DEVICE)
+
+
+def test_kernels_that_are_wrong_are_found_out(fresh_check: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = FusedPass.run
+
+    def wrong(self: FusedPass, *arguments: Any) -> Any:
+        measured = real(self, *arguments)
+        self.launches[0].params[1].mul_(1.001)
+        return measured
+
+    monkeypatch.setattr(FusedPass, "run", wrong)
+    with pytest.warns(UserWarning, match="their result is off by"):
+        assert self_check.why_kernels_fail(DEVICE)
 
 
 def test_kernels_that_do_nothing_are_left_out_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS
-from tests.helpers import ConvNet, batch, identical, snapshot, train_step
+from tests.helpers import EVERY_PATH, ConvNet, batch, identical, snapshot, train_step
 
 F32, BF16 = torch.float32, torch.bfloat16
-PATHS: dict[str, dict[str, Any]] = {
-    "reference": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16 state": {"state_dtype": BF16},
@@ -30,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "clipped": {"max_grad_norm": 0.3, "skip_nonfinite": True},
 }
 
-every_path = pytest.mark.parametrize("path", PATHS)
+every_path = pytest.mark.parametrize("path", EVERY_PATH)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -46,7 +41,7 @@ def net(kind: str) -> Net:
 
 
 def build(model: nn.Module, path: str, kind: str = "plain") -> DALS:
-    return DALS(model, lr=0.2, total_steps=20, **PATHS[path], **KINDS[kind])
+    return DALS(model, lr=0.2, total_steps=20, **EVERY_PATH[path], **KINDS[kind])
 
 
 def file(saved: Any, **load: Any) -> Any:
@@ -129,13 +124,13 @@ def test_a_checkpoint_moves_between_paths_without_a_bit_lost(one: str, two: str,
     moved = build(other, two, kind)
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
-        group.update({"foreach": None, "fused": None} | PATHS[two])
+        group.update({"foreach": None, "fused": None} | EVERY_PATH[two])
     moved.load_state_dict(saved)
     assert identical(snapshot(model, optimizer), snapshot(other, moved))
     back = build(model, one, kind)
     saved = moved.state_dict()
     for group in saved["param_groups"]:
-        group.update({"foreach": None, "fused": None} | PATHS[one])
+        group.update({"foreach": None, "fused": None} | EVERY_PATH[one])
     back.load_state_dict(saved)
     train_step(model, back, data)
     again, twin = build(other, one, kind), copy.deepcopy(saved)
@@ -161,7 +156,7 @@ def test_copies_of_model_and_optimizer_train_alike(path: str, kind: str, copier:
 @every_path
 def test_a_partial_checkpoint_is_no_larger_than_its_tensors(path: str) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
-    optimizer = DALS(model, **PATHS[path])
+    optimizer = DALS(model, **EVERY_PATH[path])
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step(loss=1.0)
@@ -199,7 +194,7 @@ def test_layers_thaw_gradients_come_late_and_groups_join(path: str, kind: str, s
     body = [(name, p) for name, p in model.named_parameters() if not name.startswith("head")]
     head = [(name, p) for name, p in model.named_parameters() if name.startswith("head")]
     model.conv.requires_grad_(False)
-    optimizer = DALS(body, lr=0.2, depth=0.5, **PATHS[path], **KINDS[kind])
+    optimizer = DALS(body, lr=0.2, depth=0.5, **EVERY_PATH[path], **KINDS[kind])
     train_step(model, optimizer, data)
     frozen = model.conv.weight.detach().clone()
     model.conv.requires_grad_(True)

@@ -363,8 +363,15 @@ class Mutation:
         else:
             saved[self.path[-1]] = value
 
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """Changes of one subject may mend each other: both tensors deleted, the same new step in both groups."""
+        if self.path[0] == "state":
+            return self.path[:2]
+        return self.path[-1:] if self.path[-1] in WRONG_COUNTER else self.path
+
     def overlaps(self, other: Mutation) -> bool:
-        return all(a == b for a, b in zip(self.path, other.path, strict=False))
+        return self.subject == other.subject or all(a == b for a, b in zip(self.path, other.path, strict=False))
 
 
 def to(value: Any) -> Callable[[Any], Any]:
@@ -533,13 +540,13 @@ def test_hostile_state_dicts(seed: int) -> None:
 
 def check_loaded(optimizer: DALS, saved: Any) -> None:
     """That the optimizer holds what the dict says, in its own precision, and no graph."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(params):
-        entry = saved["state"].get(i)
+    owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for i, (group, p) in enumerate(owners):
+        entry, dtype = saved["state"].get(i), group["state_dtype"]
         assert bool(entry) == (p in optimizer.state)
         for key, value in (entry or {}).items():
             have = optimizer.state[p][key]
-            assert have.dtype == torch.float32 and not have.requires_grad and same(have, value.detach().float())
+            assert have.dtype == dtype and not have.requires_grad and same(have, value.detach().to(dtype))
     for group, wanted in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         assert all(same(group[key], wanted[key]) for key in wanted if key not in ("params", "param_names"))
     assert optimizer.state_dict()["param_groups"][0]["step"] == saved["param_groups"][0]["step"]

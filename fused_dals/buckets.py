@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.host import table_on
 from fused_dals.kernels import layout
 from fused_dals.rounding import place_key
-from fused_dals.worklist import packed_chunks, packed_work_list
+from fused_dals.sharding import Place
+from fused_dals.worklist import STAGE_B, packed_chunks, packed_work_list
 
 CHUNK: int = layout.CHUNK
 
@@ -45,6 +47,16 @@ class FusedTensors:
     groups: list[int]
     blends: list[float]
     rounding_keys: list[int]
+    norms_rows: list[int]  # empty where no tensor of the optimizer is a shard
+    split_over: list[tuple[Any, ...]]  # the process groups that hold the rest of each tensor
+
+
+@dataclass
+class WorkList:
+    """What one launch works on, in the order of its tickets."""
+
+    items: Tensor
+    count: int
 
 
 class Bucket:
@@ -56,9 +68,13 @@ class Bucket:
         self.chunk = chunk
         self.fixed_window = window
         self.sizes: list[int] = []
+        self.sharded = False
+        self.split_over: list[tuple[Any, ...]] = []
 
     def refresh(self, tensors: FusedTensors) -> None:
         """Write the tables for these tensors, and the work list where their sizes are new.
+
+        Where tensors are shards, stages A and B are apart, as the norms of the ranks are added up between them.
 
         Raises RuntimeError, before anything is written, where strides leave too many dimensions.
         """
@@ -67,6 +83,7 @@ class Bucket:
         rows: list[tuple[int, ...]] = []
         dims: list[list[int]] = []
         first_chunk = 0
+        norms_rows = tensors.norms_rows or [0] * len(sizes)
         c_addresses = [c.data_ptr() for c in tensors.compensations] or [0] * len(sizes)
         quadruples = zip(tensors.params, tensors.grads, tensors.grad_emas, tensors.momentum_buffers, strict=True)
         for i, (p, g, h, m) in enumerate(quadruples):
@@ -76,9 +93,9 @@ class Bucket:
                 dims.append(_dims_row(p, g, h))
             addresses = p.data_ptr(), h.data_ptr(), m.data_ptr(), c_addresses[i]
             plan = sizes[i], first_chunk, chunks[i], tensors.groups[i], access, row_of_dims
-            rows.append((*addresses, *plan, tensors.rounding_keys[i]))
+            rows.append((*addresses, *plan, tensors.rounding_keys[i], norms_rows[i]))
             first_chunk += chunks[i]
-        if sizes != self.sizes:
+        if (sizes, bool(tensors.norms_rows), tensors.split_over) != (self.sizes, self.sharded, self.split_over):
             self._plan(sizes, chunks, tensors)
         self.tensors = self._upload(rows)
         self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
@@ -92,62 +109,80 @@ class Bucket:
     def _plan(self, sizes: list[int], chunks: list[int], tensors: FusedTensors) -> None:
         """The work list and the scratch memory, which depend on sizes alone."""
         self.sizes, self.chunks = sizes, chunks
+        self.sharded, self.split_over = bool(tensors.norms_rows), tensors.split_over
         window = self.fixed_window
         if window is None:
             read = tensors.params[0].element_size() + tensors.grads[0].element_size()
             read += 2 * tensors.grad_emas[0].element_size()
             window = int(WINDOW_SHARE_OF_L2 * _l2_bytes(self.device)) // (read * self.chunk)
-        items = packed_work_list(chunks, window)
-        self.item_count = len(items)
-        self.items = table_on(
-            self.device, items if self.item_count else torch.zeros(1, dtype=torch.int64, device="cpu")
-        )
+        if self.sharded:
+            stage_a = packed_chunks(chunks)
+            lists = [stage_a, stage_a.flip(0) | STAGE_B]  # newest first: what of it is left in the cache is read there
+        else:
+            lists = [packed_work_list(chunks, window)]
+        self.lists = [WorkList(self._upload(items if len(items) else [0]), len(items)) for items in lists]
         self.partials = torch.empty(2 * max(1, sum(chunks)), dtype=torch.float32, device=self.device)
         self.grads = torch.empty(len(sizes), dtype=torch.int64, device=self.device)
         # A tensor without elements has no chunk that would write its ratio.
         self.ratios = torch.ones(len(sizes), dtype=torch.float32, device=self.device)
-        self._scan_items: Tensor | None = None
+        self._scan_lists: dict[tuple[Any, ...], Tensor] = {}
 
-    def scan_items(self) -> Tensor:
-        """Every chunk once, packed as in the work list; made on the host when first asked for, so that nobody waits."""
-        if self._scan_items is None:
-            self._scan_items = table_on(self.device, packed_chunks(self.chunks))
-        return self._scan_items
+    def scan_lists(self) -> dict[tuple[Any, ...], Tensor]:
+        """Every chunk once, by the process groups that its tensor is split over, packed as in the work list.
 
-    def memory(self) -> list[Tensor | None]:
+        Made on the host when first asked for, so that nobody waits.
+        """
+        if not self._scan_lists:
+            ways = dict.fromkeys(self.split_over)
+            self._scan_lists = {way: self._upload(packed_chunks(self._chunks_of(way))) for way in ways}
+        return self._scan_lists
+
+    def _chunks_of(self, way: tuple[Any, ...]) -> list[int]:
+        return [count if over == way else 0 for count, over in zip(self.chunks, self.split_over, strict=True)]
+
+    def memory(self) -> list[Tensor]:
         """All that a launch reads and writes besides the user's tensors and the gradients' addresses."""
-        return [self.tensors, self.dims, self.blends, self.items, self.partials, self.ratios, self._scan_items]
+        lists = [some.items for some in self.lists]
+        return [self.tensors, self.dims, self.blends, *lists, self.partials, self.ratios, *self._scan_lists.values()]
 
     @property
     def sync_count(self) -> int:
-        """Integers that programs agree by: arrivals and ready flag per tensor, the ticket counter."""
+        """Integers that programs agree by: arrivals and ready flag per tensor, a ticket counter per work list."""
         return sum(self._sync_parts())
 
     def _sync_parts(self) -> list[int]:
         # Padded, because Triton compiles a variant of its own for pointers that are not aligned to 16 bytes.
         per_tensor = -(-len(self.sizes) // SYNC_PADDING) * SYNC_PADDING
-        return [per_tensor, per_tensor, SYNC_PADDING]
+        return [per_tensor, per_tensor, SYNC_PADDING * len(self.lists)]
 
     def use_sync(self, sync: Tensor) -> None:
         """Take these sync_count integers, which the prologue clears."""
-        self.arrivals, self.ready, self.counter = sync.split(self._sync_parts())
+        self.arrivals, self.ready, counters = sync.split(self._sync_parts())
+        self.counters = counters.split(SYNC_PADDING)  # one per work list
 
-    def _upload(self, values: Sequence[object]) -> Tensor:
-        return table_on(self.device, torch.tensor(values, dtype=torch.int64, device="cpu"))
+    def _upload(self, values: Sequence[object] | Tensor) -> Tensor:
+        return table_on(self.device, torch.as_tensor(values, dtype=torch.int64, device="cpu"))
 
 
 def tensors_of(
-    batches: Iterable[TensorBatch], state: Mapping[Tensor, Mapping[str, Tensor]], blends: Sequence[Sequence[float]]
+    batches: Iterable[TensorBatch],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    blends: Sequence[Sequence[float]],
+    norms_row: Mapping[Place, int] | None,
 ) -> FusedTensors:
-    """The batches of one bucket, one after the other; ``blends[g]`` has a raw blend per parameter of group g."""
-    found = FusedTensors([], [], [], [], [], [], [], [])
+    """The batches of one bucket, one after the other; ``blends[g]`` has a raw blend per parameter of group g.
+
+    ``norms_row``: the row of every parameter's norms where some are added up over ranks.
+    """
+    found = FusedTensors([], [], [], [], [], [], [], [], [], [])
     for batch in batches:
-        entries = [state[param] for param in batch.params]
         found.params += batch.params
         found.grads += batch.grads
-        found.grad_emas += [entry["grad_ema"] for entry in entries]
-        found.momentum_buffers += [entry["momentum_buffer"] for entry in entries]
-        found.compensations += [entry[COMPENSATION_KEY] for entry in entries if COMPENSATION_KEY in entry]
+        found.grad_emas += batch.state_of(state, "grad_ema")
+        found.momentum_buffers += batch.state_of(state, "momentum_buffer")
+        found.compensations += batch.state_of(state, COMPENSATION_KEY)
+        found.split_over += [batch.split_over] * len(batch.params)
+        found.norms_rows += [norms_row[place] for place in batch.places] if norms_row else []
         found.groups += [batch.group_index] * len(batch.params)
         found.blends += [blends[batch.group_index][position] for position in batch.positions]
         rounded = found.grad_emas and found.grad_emas[0].dtype == torch.bfloat16

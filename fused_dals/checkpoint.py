@@ -25,9 +25,14 @@ from fused_dals.gather import (
     state_dtypes,
 )
 from fused_dals.hyperparameters import COUNTERS, check_counters, check_hyperparameters
+from fused_dals.sharding import like, local
 
 #: Keys that the checkpoints of the first days did not have: the optimizer's own values stand in.
 ADDED_LATER = ("skipped_steps", "max_grad_norm", "skip_nonfinite", "state_dtype", "compensated", "capturable")
+
+
+#: Dtypes of state by their names in checkpoints, as repr() has them.
+_DTYPES = {repr("float32"): torch.float32, repr("bfloat16"): torch.bfloat16}
 
 
 @torch.no_grad()  # a saved tensor may require gradients, state must not
@@ -50,12 +55,12 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
         current = optimizer.state[param]
         for key, dtype in dtypes[param].items():
             have = current.get(key)
-            if have is None or (have.shape, have.device, have.dtype) != (param.shape, param.device, dtype):
+            if have is None or not _fits(have, param, dtype):
                 current[key] = empty_state(param, dtype)
             if key in saved:
-                current[key].copy_(saved[key])
+                local(current[key]).copy_(local(saved[key]))
             else:  # a compensation that the checkpoint's weights did not have
-                current[key].zero_()
+                local(current[key]).zero_()
         for key in [key for key in (*STATE_KEYS, COMPENSATION_KEY) if key in current and key not in dtypes[param]]:
             del current[key]
     for group, saved_group in zip(groups, saved_groups, strict=True):
@@ -63,6 +68,12 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
         own = ("params", "param_names") if "param_names" in group else ("params",)
         group.update({key: value for key, value in saved_group.items() if key not in own})
     return {key: saved_groups[0][key] for key in COUNTERS}
+
+
+def _fits(have: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a state tensor is what this parameter needs, split over the ranks as it is."""
+    wanted = (local(param).shape, param.shape, param.device, dtype, getattr(param, "placements", None))
+    return (local(have).shape, have.shape, have.device, have.dtype, getattr(have, "placements", None)) == wanted
 
 
 def _converts(have: torch.dtype, wanted: torch.dtype) -> bool:
@@ -87,6 +98,7 @@ def _checked_groups(groups: list[dict[str, Any]], state_dict: Mapping[str, Any])
         where = f"checkpoint, group {index}"
         _check_kind(saved, Mapping, "a dict", where)
         saved = {**{key: group[key] for key in ADDED_LATER if key in group}, **saved}
+        saved["state_dtype"] = _DTYPES.get(shown(saved.get("state_dtype")), saved.get("state_dtype"))
         if "params" not in saved:
             raise ValueError(f"{where}: 'params' is missing")
         _check_kind(saved["params"], list | tuple, "a list", f"{where}: 'params'")
@@ -172,8 +184,17 @@ def _checked_state(
                     f"checkpoint: {key} of parameter {label!r} has shape {tuple(value.shape)}, "
                     f"the parameter {tuple(param.shape)}"
                 )
+            if local(value).shape != local(param).shape or not _split_alike(value, param):
+                raise ValueError(
+                    f"checkpoint: {key} of parameter {label!r} is not split over the ranks as the parameter is; "
+                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict loads it in any layout"
+                )
         loaded[param] = dict(entry)  # torch's state_dict() hands out live dicts, which loading writes into
     return loaded
+
+
+def _split_alike(value: Tensor, param: Tensor) -> bool:
+    return getattr(value, "placements", None) == getattr(param, "placements", None)
 
 
 def _keep_swapped(optimizer: Optimizer, loaded: dict[Tensor, Mapping[str, Tensor]]) -> None:
@@ -185,3 +206,20 @@ def _keep_swapped(optimizer: Optimizer, loaded: dict[Tensor, Mapping[str, Tensor
             key: value.clone() if id(value) in own and value is not current.get(key) else value
             for key, value in entry.items()
         }
+
+
+def pack_dtypes(packed: Mapping[str, Any]) -> None:
+    """Put names in the place of the groups' dtypes: full and flattened checkpoints of shards hold nothing but plain
+    values."""
+    for group in packed.get("param_groups", ()):
+        if isinstance(group, dict) and isinstance(group.get("state_dtype"), torch.dtype):
+            group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+
+
+def own_memory(value: Any) -> Any:
+    """A tensor, or a copy where it is a view of a bucket, which a checkpoint of some tensors would drag along."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return value
+    shard = local(value)
+    shares = shard.untyped_storage().nbytes() > shard.numel() * shard.element_size()
+    return like(value, shard.clone()) if shares else value

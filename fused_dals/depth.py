@@ -14,7 +14,11 @@ from typing import Literal
 from torch import nn
 
 
-def infer_depths(model: nn.Module, granularity: Literal["modules", "children"] = "modules") -> dict[str, float]:
+class Depths(dict[str, float]):
+    """Depths of all parameters of a model by name, of which an optimizer may hold a part, as pipeline stages do."""
+
+
+def infer_depths(model: nn.Module, granularity: Literal["modules", "children"] = "modules") -> Depths:
     """Depth in [0, 1] of every parameter of ``model`` by its name, in registration order.
 
     Args:
@@ -23,7 +27,9 @@ def infer_depths(model: nn.Module, granularity: Literal["modules", "children"] =
             order; it is what ``depth="auto"`` does. ``"children"`` is the paper's rule, d = i / (C - 1) over the C
             direct children of the model; parameters of the model itself, which come before its children, get 0.
 
-    A single module or child has depth 0.5. Tied parameters have one name, that of their first owner.
+    For a pipeline stage or any other part of a model, give the whole model here (on the meta device, say), and the
+    result to the optimizer of the part. A single module or child has depth 0.5. Tied parameters have one name, that of
+    their first owner.
 
     Raises:
         TypeError: model is not a module. ValueError: unknown granularity.
@@ -32,12 +38,12 @@ def infer_depths(model: nn.Module, granularity: Literal["modules", "children"] =
         raise TypeError(f"infer_depths: model must be a torch.nn.Module, got {type(model).__name__}")
     names = [name for name, _ in model.named_parameters()]
     if granularity == "modules":
-        return depths_from_names([names])
+        return Depths(depths_from_names([names]))
     if granularity == "children":
         children = [name for name, _ in model.named_children()]
         depth_of_child = dict(zip(children, evenly_spaced(len(children)), strict=True))
         depth_of_root = 0.0 if children else 0.5
-        return {name: depth_of_child.get(name.split(".")[0], depth_of_root) for name in names}
+        return Depths({name: depth_of_child.get(name.split(".")[0], depth_of_root) for name in names})
     raise ValueError(f"infer_depths: granularity must be 'modules' or 'children', got {granularity!r}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from fused_dals.depth import depths_from_names, evenly_spaced
+from fused_dals.depth import Depths, depths_from_names, evenly_spaced
 
 #: ``"auto"``, a depth for all, ``{name or regular expression: depth}``, or ``f(name, param) -> depth``.
 DepthRule: TypeAlias = str | float | Mapping[str, float] | Callable[[str, Tensor], float]
@@ -51,10 +51,20 @@ def shown(value: object) -> str:
 
 
 def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
-    """Raise ValueError unless every key of a dict of depths names one of ``names``, or matches one as an expression."""
+    """Raise ValueError unless every key of a dict of depths names one of ``names``, or matches one as an expression.
+
+    What infer_depths returned is that of a whole model, of which the names may be a part.
+    """
     if not isinstance(rule, Mapping):
         return
     known = set(names)
+    if isinstance(rule, Depths):
+        if known and known.isdisjoint(rule):
+            raise ValueError(
+                f"{where}: depth knows none of the parameters, whose names are like {', '.join(sorted(known)[:3])}; "
+                f"infer_depths was given a model with names like {', '.join(list(rule)[:3])}"
+            )
+        return
     for key in rule:
         if key in known:
             continue

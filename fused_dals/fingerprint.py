@@ -14,7 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_dals.sharding import local
+
 _grad, _dtype = attrgetter("grad"), attrgetter("dtype")
+
+
+def _placements(grad: Tensor) -> Any:
+    return getattr(grad, "placements", None)
 
 
 class Fingerprint:
@@ -23,8 +29,13 @@ class Fingerprint:
     Gradients usually are new tensors at every step; their addresses are kept apart, as all that changes then.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]) -> None:
-        """Raises RuntimeError or TypeError where a tensor has no memory or state holds something else: none fits."""
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]], distributed: bool
+    ) -> None:
+        """``distributed``: parameters are DTensors, of which this rank's shards are stepped.
+
+        Raises RuntimeError or TypeError where a tensor has no memory or state holds something else: none fits.
+        """
         self._sizes = [len(group["params"]) for group in groups]
         #: Held, so that no other object can take over their identity.
         self._params = list(chain.from_iterable(group["params"] for group in groups))
@@ -33,15 +44,20 @@ class Fingerprint:
         missing = [grad is None for grad in grads]
         if any(missing):
             grads = list(compress(grads, map(not_, missing)))
+        params, state_tensors = self._params, self._state
+        placements = list(map(_placements, grads)) if distributed else []
+        if distributed:
+            params, grads, state_tensors = ([*map(local, tensors)] for tensors in (params, grads, state_tensors))
         self.grad_addresses = list(map(Tensor.data_ptr, grads))
         self._parts = (
             missing,
-            list(map(Tensor.data_ptr, self._params)),
-            list(map(Tensor.numel, self._params)),
-            _layouts(self._params),
+            placements,
+            list(map(Tensor.data_ptr, params)),
+            list(map(Tensor.numel, params)),
+            _layouts(params),
             list(map(_dtype, grads)),
             _layouts(grads),
-            list(map(Tensor.data_ptr, self._state)),
+            list(map(Tensor.data_ptr, state_tensors)),
         )
 
     def same_but_for_addresses_of_gradients(self, other: Fingerprint) -> bool:
@@ -64,10 +80,10 @@ def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def take_fingerprint(
-    groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]], distributed: bool
 ) -> Fingerprint | None:
     """The fingerprint, or None where there can be none: a sparse or meta tensor, a foreign entry in the state."""
     try:
-        return Fingerprint(groups, state)
+        return Fingerprint(groups, state, distributed)
     except (RuntimeError, TypeError, NotImplementedError):
         return None

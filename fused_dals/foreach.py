@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_dals.reference import compute_dtype, trust_ratio
 from fused_dals.rounding import Rounding, as_stored, join, split
+from fused_dals.update import Update, run_whole
 
 TensorList: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 NORM_PIECE = 32768
 
 
-def dals_foreach_(
+def foreach_update(
     params: TensorList,
     grads: TensorList,
     grad_emas: TensorList,
@@ -38,10 +39,10 @@ def dals_foreach_(
     grad_factor: float | Tensor = 1.0,
     compensations: TensorList | None = None,
     rounding: Sequence[Rounding] | None = None,
-) -> Tensor:
-    """One step of n tensors on one device, each list of one dtype; returns their trust ratios, shape [n].
+) -> Update:
+    """One step of n tensors or shards on one device, each list of one dtype; returns their trust ratios, shape [n].
 
-    Arguments as in ``dals_reference_``. Peak extra memory is one update (u) of the state's dtype, a second one where
+    Arguments as in ``reference_update``. Peak extra memory is one update (u) of the state's dtype, a second one where
     ema_decay is a device tensor, a third where the gradients have a factor, and float32 copies of what is narrower.
     """
     dtype = compute_dtype(params[0].dtype)
@@ -83,7 +84,8 @@ def dals_foreach_(
             torch._foreach_add_(u, p, alpha=weight_decay)
 
     # r <- clamp(gamma ||p|| / ||u||)
-    r = trust_ratio(norms(weights, dtype), norms(u, dtype), trust_coefficient, trust_clip).to(dtype)
+    p_norms, u_norms = yield norms(weights, dtype), norms(u, dtype)  # of the whole tensors, where params are shards
+    r = trust_ratio(p_norms, u_norms, trust_coefficient, trust_clip).to(dtype)
 
     # m <- mu m + u
     torch._foreach_mul_(m, momentum)
@@ -99,6 +101,11 @@ def dals_foreach_(
         _write(params, upper)
         _write(compensations, lower)
     return r
+
+
+def dals_foreach_(*tensors: Any, **scalars: Any) -> Tensor:
+    """``foreach_update`` of whole tensors; returns their trust ratios, shape [n]."""
+    return run_whole(foreach_update(*tensors, **scalars))
 
 
 def _write(targets: TensorList, values: Iterable[Tensor]) -> None:

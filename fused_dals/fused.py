@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.group_table import GroupTable
 from fused_dals.kernels import layout
 from fused_dals.run_state import StepInputs
+from fused_dals.sharding import Shards
 from fused_dals.stats import TrustRatios
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +70,7 @@ class Launch:
 
     bucket: Bucket
     key: BucketKey
-    params: list[Tensor]
+    owners: list[Tensor]  # the parameters as the groups hold them
     members: list[TrustRatios]  # by group, views of what the launch leaves on the device and the next writes anew
     baked: BakedTable | None = None  # the gradients' addresses in the graph that is being captured, or was last
 
@@ -89,6 +91,8 @@ class FusedPass:
         self.group_table = GroupTable(device)
         self.buckets: dict[BucketKey, Bucket] = {}
         self.launches: list[Launch] = []
+        self.shards: Shards | None = None
+        self._unscale = False  # in the step that has begun
         self.preparations = 0  # how often the tables were written in full
         #: A graph holds addresses alone. What it reads must outlive the next prepare(), or replays read other memory.
         self._held_for_graphs: list[object] = []
@@ -103,31 +107,36 @@ class FusedPass:
         batches: Sequence[TensorBatch],
         state: Mapping[Tensor, Mapping[str, Tensor]],
         blends: Sequence[Sequence[float]],
+        shards: Shards | None = None,
     ) -> None:
         """Write the tables for these batches of this device; ``blends[g]`` has b per parameter of group g.
 
-        The tables hold addresses: the caller keeps parameters, gradients and state alive until the step has run.
+        ``shards`` where any of the batches is split over ranks: ``begin`` then leaves norms there, and ``finish`` finds
+        them added up. The tables hold addresses: the caller keeps parameters, gradients and state alive until the step
+        has run.
         """
         by_key: dict[BucketKey, list[TensorBatch]] = {}
         for batch in batches:
-            param, entry = batch.params[0], state[batch.params[0]]
+            param, entry = batch.params[0], state[batch.owners[0]]
             key = param.dtype, batch.grads[0].dtype, entry["grad_ema"].dtype, COMPENSATION_KEY in entry
             by_key.setdefault(key, []).append(batch)
         self.launches = []
         self.preparations += 1
+        self.shards = shards if any(batch.split_over for batch in batches) else None
         for key, members in by_key.items():
             if key not in self.buckets:
                 self.buckets[key] = Bucket(self.device, window=self.window)
-            tensors = tensors_of(members, state, blends)
+            tensors = tensors_of(members, state, blends, None if self.shards is None else self.shards.row)
             self.buckets[key].refresh(tensors)
             ratios = self.buckets[key].ratios.split([len(batch.positions) for batch in members])
             measured = [TrustRatios(b.group_index, b.positions, r) for b, r in zip(members, ratios, strict=True)]
-            self.launches.append(Launch(self.buckets[key], key, tensors.params, measured))
+            owners = [owner for batch in members for owner in batch.owners]
+            self.launches.append(Launch(self.buckets[key], key, owners, measured))
         counts = [launch.bucket.sync_count for launch in self.launches]
         self.sync = torch.empty(sum(counts), dtype=torch.int32, device=self.device)
         for launch, sync in zip(self.launches, self.sync.split(counts), strict=True):
             launch.bucket.use_sync(sync)
-        self._scan_rows: Tensor | None = None
+        self._scan_rows: dict[tuple[Any, ...], Tensor] = {}
         in_order = sorted(
             (batch.group_index, position, grad.data_ptr())
             for batch in batches
@@ -166,55 +175,76 @@ class FusedPass:
         if any((new ^ old) % WIDE_BYTES for new, old in zip(addresses, self._grad_addresses, strict=True)):
             return False
         groups = self.group_table
-        self._held_for_graphs += [self.sync, self._scan_rows, groups.rows, groups.addresses, groups.scalars]
+        self._held_for_graphs += [self.sync, groups.rows, groups.addresses, groups.scalars, *self._scan_rows.values()]
+        self._held_for_graphs += [] if self.shards is None else [self.shards]
         for launch, places in zip(self.launches, self._grad_places, strict=True):
             launch.baked = BakedTable(len(places), self.device)
             launch.baked.write([addresses[place] for place in places.tolist()])
             self._held_for_graphs += [launch.baked, *launch.bucket.memory()]
         return True
 
-    def scan(self) -> Tensor:
+    def scan(self) -> dict[tuple[Any, ...], Tensor]:
         """Sums of squares and counts of non-finite elements of all gradients, float64 [rows, 2]; one launch a bucket.
 
-        The rows are memory that the next scan writes again.
+        By the process groups that tensors are split over, with a launch for each. The rows are memory that the next
+        scan writes again.
         """
         from fused_dals.kernels.grad_scan import grad_scan
 
         programs = self._programs()
-        if self._scan_rows is None:
+        if not self._scan_rows:
             check_nothing_to_prepare(self.device)
-            self._scan_rows = torch.empty(len(self.launches) * programs, 2, dtype=torch.float64, device=self.device)
+            ways = Counter(way for launch in self.launches for way in launch.bucket.scan_lists())
+            self._scan_rows = {
+                way: torch.empty(count * programs, 2, dtype=torch.float64, device=self.device)
+                for way, count in ways.items()
+            }
+        free = {way: iter(rows.split(programs)) for way, rows in self._scan_rows.items()}
         with self._current_device():
-            for launch, rows in zip(self.launches, self._scan_rows.split(programs), strict=True):
+            for launch in self.launches:
                 bucket = launch.bucket
-                items = bucket.scan_items()
-                grad_scan[(programs,)](
-                    bucket.tensors,
-                    self._grads_of(launch),
-                    bucket.dims,
-                    items,
-                    rows,
-                    items.numel(),
-                    GRAD_TYPE=_triton_dtype(launch.key[1]),
-                    CHUNK=bucket.chunk,
-                    num_warps=NUM_WARPS,
-                )
+                for way, items in bucket.scan_lists().items():
+                    grad_scan[(programs,)](
+                        bucket.tensors,
+                        self._grads_of(launch),
+                        bucket.dims,
+                        items,
+                        next(free[way]),
+                        items.numel(),
+                        GRAD_TYPE=_triton_dtype(launch.key[1]),
+                        CHUNK=bucket.chunk,
+                        num_warps=NUM_WARPS,
+                    )
         return self._scan_rows
 
-    def run(self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: int) -> list[TrustRatios]:
-        """Launch what was prepared, and move ``inputs.values``, which are on this device.
+    def begin(self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: int) -> None:
+        """Move ``inputs.values``, which are on this device, and launch what was prepared: all of it, or stage A.
 
         ``groups_version`` is the same as long as nothing in ``groups`` changed.
         """
+        self._unscale = inputs.grad_scale is not None
         with self._current_device():
             self._launch_prologue(inputs, groups, groups_version)
-            measured = []
             for launch in self.launches:
-                self._launch_pass(launch, unscale=inputs.grad_scale is not None)
+                self._launch_pass(launch, 0)
+
+    def finish(self) -> list[TrustRatios]:
+        """Launch stage B, where shards have had to wait for norms from other ranks."""
+        measured = []
+        with self._current_device():
+            for launch in self.launches:
+                if self.shards is not None:
+                    self._launch_ratios(launch, self.shards)
+                    self._launch_pass(launch, 1)
                 # Autograd must notice the writes that it cannot see.
-                torch.autograd.graph.increment_version(launch.params)
+                torch.autograd.graph.increment_version(launch.owners)
                 measured += launch.members
         return measured
+
+    def run(self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: int) -> list[TrustRatios]:
+        """The whole step of tensors that are no shards."""
+        self.begin(inputs, groups, groups_version)
+        return self.finish()
 
     def _current_device(self) -> Any:
         # Triton launches on the current device, whatever device its arguments are on.
@@ -231,8 +261,8 @@ class FusedPass:
             self.group_table.scalars,
             self._seed,
             inputs.values,
-            inputs.values if inputs.loss_sum is None else inputs.loss_sum,
-            float(inputs.loss_count),
+            inputs.values if inputs.loss.total is None else inputs.loss.total,
+            -1.0 if inputs.loss.count is None else float(inputs.loss.count),
             self._zero if inputs.found_inf is None else inputs.found_inf.to(torch.float32),
             self._one if inputs.grad_scale is None else inputs.grad_scale.to(torch.float32),
             scan,
@@ -244,29 +274,47 @@ class FusedPass:
             num_warps=4,
         )
 
-    def _launch_pass(self, launch: Launch, *, unscale: bool) -> None:
+    def _launch_ratios(self, launch: Launch, shards: Shards) -> None:
+        from fused_dals.kernels.fused_pass import ratios_of_norms
+
+        bucket, count = launch.bucket, len(launch.owners)
+        ratios_of_norms[(-(-count // layout.RATIOS_BLOCK),)](
+            bucket.tensors,
+            shards.norms.values,
+            self.group_table.scalars,
+            bucket.ratios,
+            bucket.ready,
+            count,
+            BLOCK=layout.RATIOS_BLOCK,
+            num_warps=4,
+        )
+
+    def _launch_pass(self, launch: Launch, which: int) -> None:
         from fused_dals.kernels.fused_pass import fused_pass
 
         bucket, (param, grad, state, compensated) = launch.bucket, launch.key
+        work = bucket.lists[which]
         fused_pass[(self._programs(),)](
             bucket.tensors,
             self._grads_of(launch),
             bucket.dims,
             bucket.blends,
             self.group_table.scalars,
-            bucket.items,
+            work.items,
             bucket.partials,
+            self._no_scan if self.shards is None else self.shards.norms.values,
             bucket.ratios,
             bucket.arrivals,
             bucket.ready,
-            bucket.counter,
+            bucket.counters[which],
             self._seed,
-            bucket.item_count,
+            work.count,
             PARAM_TYPE=_triton_dtype(param),
             GRAD_TYPE=_triton_dtype(grad),
             STATE_TYPE=_triton_dtype(state),
             COMPENSATED=compensated,
-            UNSCALE=unscale,
+            UNSCALE=self._unscale,
+            SHARDED=self.shards is not None,
             CHUNK=bucket.chunk,
             A_WRITES=self.stage_a_writes,
             num_warps=NUM_WARPS,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fused_dals.sharding import Place, is_distributed_tensor, like, local, split_over, why_not_sharded
+
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: Every tensor's segment of a flat buffer starts at a multiple of this many bytes.
@@ -23,17 +25,35 @@ COMPENSATION_KEY = "compensation"
 
 @dataclass
 class TensorBatch:
-    """The tensors of one group that share a device and dtypes and have a gradient, in the group's order."""
+    """The tensors of one group that are stepped alike, in the group's order: of one device, of the same dtypes.
+
+    What is stepped of a DTensor is this rank's shard.
+    """
 
     group_index: int
     positions: list[int] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
+    owners: list[Tensor] = field(default_factory=list)  # as groups and state hold them: DTensors, or params itself
+    split_over: tuple[Any, ...] = ()  # the process groups that hold the rest of each tensor
+    absent: bool = False  # no gradient on this rank, perhaps one on others: stepped with zeros if there is one
+
+    def __post_init__(self) -> None:
+        self.owners = self.owners or list(self.params)
+
+    @property
+    def places(self) -> list[Place]:
+        return [(self.group_index, position) for position in self.positions]
 
     def only(self, chosen: Sequence[bool]) -> TensorBatch:
         """The tensors for which ``chosen`` is true."""
-        positions, params, grads = compress(self.positions, chosen), compress(self.params, chosen), self.grads
-        return TensorBatch(self.group_index, list(positions), list(params), list(compress(grads, chosen)))
+        positions = list(compress(self.positions, chosen))
+        params, grads, owners = (list(compress(some, chosen)) for some in (self.params, self.grads, self.owners))
+        return TensorBatch(self.group_index, positions, params, grads, owners, self.split_over, self.absent)
+
+    def state_of(self, state: Mapping[Tensor, Mapping[str, Tensor]], key: str) -> list[Tensor]:
+        """One state tensor of each, as it is stepped; empty where there is none."""
+        return [local(state[owner][key]) for owner in self.owners if key in state[owner]]
 
 
 def parameter_label(group: Mapping[str, Any], group_index: int, position: int) -> str:
@@ -67,7 +87,7 @@ def unique_labels(groups: Sequence[Mapping[str, Any]], places: Sequence[tuple[in
 
 
 def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]) -> list[TensorBatch]:
-    """Batches of everything that has a gradient.
+    """Batches of everything that has a gradient, and of shards whose gradient only other ranks may have.
 
     Raises:
         RuntimeError: a gradient is sparse, a parameter or gradient has a dtype or device that DALS cannot serve, or
@@ -76,7 +96,10 @@ def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str,
     batches: dict[tuple[Any, ...], TensorBatch] = {}
     for group_index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
-            grad = param.grad
+            grad, over = param.grad, split_over(param)
+            absent = grad is None and over != () and param.requires_grad
+            if absent:
+                grad = like(param, torch.zeros((), dtype=param.dtype, device=param.device).expand(local(param).shape))
             if grad is None:
                 continue
             problem = _problem(param, grad, group, state.get(param))
@@ -84,23 +107,26 @@ def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str,
                 label = parameter_label(group, group_index, position)
                 raise RuntimeError(f"DALS cannot step parameter {label!r} of group {group_index}: {problem}")
             # Everything else that decides how a batch is stepped is the same within a group.
-            key = (group_index, param.device, param.dtype, grad.dtype)
+            key = (group_index, param.device, param.dtype, grad.dtype, over, absent)
             batch = batches.get(key)
             if batch is None:
-                batch = batches[key] = TensorBatch(group_index)
+                batch = batches[key] = TensorBatch(group_index, split_over=over, absent=absent)
             batch.positions.append(position)
-            batch.params.append(param)
-            batch.grads.append(grad)
+            batch.params.append(local(param))
+            batch.grads.append(local(grad))
+            batch.owners.append(param)
     return list(batches.values())
 
 
 def _problem(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor] | None) -> str:
     """What is wrong with a parameter and what to do about it; empty if nothing is."""
-    if hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False):
-        return (
-            "it is sharded (a DTensor or an FSDP1 flat parameter), and the norms of its trust ratio would be those of "
-            "the local shard; this version serves unsharded parameters, as DistributedDataParallel has them"
-        )
+    if problem := why_not_sharded(param):
+        return problem
+    if is_distributed_tensor(param) != is_distributed_tensor(grad):
+        kinds = ("a plain tensor", "a DTensor")
+        return f"it is {kinds[is_distributed_tensor(param)]} and its gradient {kinds[is_distributed_tensor(grad)]}"
+    if is_distributed_tensor(param) and local(param).shape != local(grad).shape:
+        return f"its shard has shape {tuple(local(param).shape)} and that of its gradient {tuple(local(grad).shape)}"
     if grad.layout != torch.strided:
         return f"its gradient is sparse ({grad.layout}); make it dense, e.g. nn.Embedding(..., sparse=False)"
     for what, dtype in (("it", param.dtype), ("its gradient", grad.dtype)):
@@ -117,9 +143,9 @@ def _problem(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mappi
         return "it is float16, and compensated=True serves bfloat16 (wider parameters need no compensation)"
     if state:
         have = state["grad_ema"]
-        if have.shape != param.shape:
+        if have.shape != param.shape or local(have).shape != local(param).shape:
             return (
-                f"it has shape {tuple(param.shape)} and its state {tuple(have.shape)}; "
+                f"it has shape {tuple(local(param).shape)} and its state {tuple(local(have).shape)}; "
                 "delete optimizer.state[param] if its history is to start anew"
             )
         wanted = state_dtypes(param, group)
@@ -173,8 +199,8 @@ def create_missing_state(
                 else:
                     state[param][key] = empty_state(param, dtype).zero_()
     for (_, key, dtype), params in flattened.items():
-        for param, value in zip(params, flat_zeros(params, dtype), strict=True):
-            state[param][key] = value
+        for param, value in zip(params, flat_zeros(list(map(local, params)), dtype), strict=True):
+            state[param][key] = like(param, value)
 
 
 def flat_zeros(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -190,5 +216,6 @@ def flat_zeros(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def empty_state(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for one state tensor: the parameter's shape, strides and device."""
-    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    """Memory for one state tensor: the parameter's shape, strides and device, distributed as it is."""
+    shard = local(param)
+    return like(param, torch.empty_like(shard, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False))

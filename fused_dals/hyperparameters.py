@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_dals import host
 from fused_dals.depth_rule import DepthRule, check_depth, shown
+from fused_dals.loss_average import LossGroup
 
 
 class DALSOptions(TypedDict, total=False):
@@ -38,7 +39,12 @@ class DALSOptions(TypedDict, total=False):
     fused: bool | None
     capturable: bool
     amp_fused: bool
+    loss_group: LossGroup
+    partition_group: Any
 
+
+#: Of the optimizer as a whole, not of a group.
+OPTIMIZER_KEYS = ("amp_fused", "loss_group", "partition_group")
 
 #: Run state that every group carries as plain numbers, so that any checkpoint format takes it along; in the order of
 #: RunState.values.
@@ -46,7 +52,7 @@ COUNTERS = ("step", "loss_ema", "loss_drop", "skipped_steps")
 
 #: Hyperparameters that decide which path serves a parameter and what state it has; all others are numbers in tables.
 PLAN_KEYS = ("foreach", "fused", "state_dtype", "compensated", "capturable")
-TABLE_KEYS = tuple(key for key in DALSOptions.__annotations__ if key not in (*PLAN_KEYS, "depth", "amp_fused"))
+TABLE_KEYS = tuple(key for key in DALSOptions.__annotations__ if key not in (*PLAN_KEYS, *OPTIMIZER_KEYS, "depth"))
 
 #: The largest float32: torch refuses a larger scalar for the state's arithmetic.
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fused_dals import host
 from fused_dals.capture import is_capturing
+from fused_dals.loss_average import LossAverage, OnItsWay
 
 NO_LOSS_WARNING = (
     "{optimizer} has not been given a loss since it was made, loaded or copied: its phase stays as it is, 1 if there "
@@ -21,10 +23,34 @@ NO_LOSS_WARNING = (
 )
 
 
-class LossSignal:
-    """The losses observed since the last step; their sum is a 0-dim tensor where they come from, never waited for."""
+@dataclass
+class StepLoss:
+    """What a step takes: ``total`` is the sum of ``count`` losses, 0-dim; or [sum, count], and ``count`` None."""
 
-    def __init__(self) -> None:
+    total: Tensor | None = None
+    count: int | None = 0
+
+    def on(self, device: torch.device) -> StepLoss:
+        return StepLoss(None if self.total is None else host.scalars_on(device, self.total), self.count)
+
+    def mean(self) -> Tensor | None:
+        """NaN where [sum, count] counts nothing: no finite mean moves the phase, and none is waited for."""
+        if self.total is None or self.count is None:
+            return None if self.total is None else self.total[0] / self.total[1]
+        return self.total / self.count
+
+
+class LossSignal:
+    """The losses observed since the last step; their sum is a 0-dim tensor where they come from, never waited for.
+
+    With several ranks the sum over all of them begins with what seems the last loss before a step, where as many were
+    observed before each of the last two. Should more come all the same, they are counted in the next step: every rank
+    adds up once a step, whatever it observes.
+    """
+
+    def __init__(self, average: LossAverage | None = None) -> None:
+        self.average = LossAverage() if average is None else average
+        self._home: torch.device | None = None  # where the last step wanted it
         self.forget()
 
     def forget(self) -> None:
@@ -33,10 +59,13 @@ class LossSignal:
         self.pending: Tensor | None = None  # their sum
         self.seen_outside_capture = False  # whether one of them was observed while no graph was being captured
         self._count = 0
+        self._calls = 0  # of observe, since the last step
+        self._earlier_calls: list[int] = []  # before the last two steps
+        self._flight: OnItsWay | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not what watch_loss watches for: it says so once, if nobody hands it losses.
-        return {**self.__dict__, "observed": False}
+        return {**self.__dict__, "observed": False, "_flight": None}
 
     def observe(self, loss: Tensor | float) -> None:
         """Add one loss to those of the coming step."""
@@ -50,13 +79,33 @@ class LossSignal:
         # A compiled module's hook is traced once, whatever the stream does when it runs.
         if not torch.compiler.is_compiling() and not is_capturing(self.pending.device):
             self.seen_outside_capture = True
+        self._calls += 1
+        if self._is_last() and self._flight is None and self._home is not None and self.average.is_open():
+            self._start(self._home)
 
-    def take(self, device: torch.device) -> tuple[Tensor | None, int]:
-        """Hand over the sum, on ``device``, and the number of the pending losses."""
-        total = None if self.pending is None else host.scalars_on(device, self.pending)
-        count = self._count
-        self.pending, self._count, self.seen_outside_capture = None, 0, False
-        return total, count
+    def take(self, device: torch.device) -> StepLoss:
+        """Hand over the losses of this step, on ``device``, those of all ranks where there are several."""
+        if self.average.active():
+            self.average.open()
+            if self._flight is None:
+                self._start(device)
+            assert self._flight is not None
+            taken, self._flight = StepLoss(self._flight.wait(), None).on(device), None
+        else:
+            taken = StepLoss(self.pending, self._count).on(device)
+            self.pending, self._count = None, 0
+        self._earlier_calls = [*self._earlier_calls[-1:], self._calls]
+        self._home, self._calls = device, 0
+        self.seen_outside_capture = self.pending is not None
+        return taken
+
+    def _is_last(self) -> bool:
+        """Whether no other loss is to be expected before the step: there were as many before the last two steps."""
+        return self._earlier_calls == [self._calls] * 2
+
+    def _start(self, device: torch.device) -> None:
+        self._flight = self.average.start(self.pending, self._count, device)
+        self.pending, self._count = None, 0
 
 
 class WatchLoss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from fused_dals.checkpoint import load_checkpoint
+from fused_dals.checkpoint import load_checkpoint, own_memory, pack_dtypes
 from fused_dals.depth_rule import DepthMap, DepthRule, check_depth_keys, check_rule
 from fused_dals.gather import create_missing_state, group_labels, parameter_names, unique_labels
 from fused_dals.hyperparameters import (
@@ -23,10 +24,12 @@ from fused_dals.hyperparameters import (
     plain,
 )
 from fused_dals.kernels import layout
-from fused_dals.loss_signal import watch
+from fused_dals.loss_average import LossAverage, LossGroup, check_process_group
+from fused_dals.loss_signal import LossSignal, watch
 from fused_dals.phase import select_by_phase
 from fused_dals.runtime import Runtime
 from fused_dals.scalars import scheduled_lr
+from fused_dals.sharding import Partitions
 from fused_dals.stats import trust_ratios_by_label
 from fused_dals.stepper import Stepper
 
@@ -89,6 +92,14 @@ class DALS(torch.optim.Optimizer):
         amp_fused: True: ``GradScaler.step`` leaves unscaling and dropping to this optimizer, which does both on the
             device, without waiting (False; for the optimizer as a whole). Trainers that unscale by themselves, to clip,
             may refuse it.
+        loss_group: where torch.distributed is initialised, the losses are averaged over the ranks of this process
+            group in every step, whether a rank has one or not; None: all ranks (every rank must then step), False:
+            this rank's own losses only. Replicas whose losses differ would part, phase by phase.
+        partition_group: the process group of ranks whose optimizers hold the other parameters of the model, as
+            pipeline stages do; clipping and dropping then look at the gradients of all of them (None).
+
+    Parameters may be DTensors: fully_shard (FSDP2, HSDP), parallelize_module (tensor parallelism), or both. Norms are
+    those of whole tensors, by one collective per process group that any parameter is split over.
 
     Every hyperparameter may be given per group, is read live from ``param_groups`` at each step and checked when it
     changed. State per parameter is ``grad_ema`` and ``momentum_buffer`` of its shape, made at the first step for every
@@ -125,6 +136,8 @@ class DALS(torch.optim.Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         amp_fused: bool = False,
+        loss_group: LossGroup = None,
+        partition_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -148,8 +161,13 @@ class DALS(torch.optim.Optimizer):
             "capturable": capturable,
         }
         where = type(self).__name__
+        _check_not_in_plain_zero(where)
         check_hyperparameters(defaults, where)
         check_flag(amp_fused, f"{where}: amp_fused")
+        if loss_group is not None and loss_group is not False:
+            check_process_group(loss_group, f"{where}: loss_group")
+        if partition_group is not None:
+            check_process_group(partition_group, f"{where}: partition_group")
         defaults = {key: plain(value) for key, value in defaults.items()}
         names: list[str] = []
         if isinstance(params, nn.Module):
@@ -157,7 +175,8 @@ class DALS(torch.optim.Optimizer):
             names = [name for name, _ in params]
         elif not isinstance(params, Iterable):
             raise TypeError(f"{where}: params must be a module or an iterable of tensors, got {type(params).__name__}")
-        self._runtime = Runtime(DepthMap(depth, where, names), amp_fused)
+        loss = LossSignal(LossAverage(loss_group))
+        self._runtime = Runtime(DepthMap(depth, where, names), amp_fused, Partitions(partition_group), loss=loss)
         super().__init__(params, defaults)
         check_depth_keys(depth, self._runtime.depths.names, where)
 
@@ -246,6 +265,8 @@ class DALS(torch.optim.Optimizer):
         # parameter has a gradient.
         handed = [getattr(self, name, None) for name in ("found_inf", "grad_scale")]
         found_inf, grad_scale = (value if isinstance(value, Tensor) else None for value in handed)
+        if handed[0] is not None and found_inf is None:  # other ranks may have gradients, and wait for our word
+            found_inf = torch.tensor(float(handed[0]), dtype=torch.float64, device="cpu")
         self._stepper().step((returned, loss), found_inf, grad_scale)
         return returned
 
@@ -321,9 +342,10 @@ class DALS(torch.optim.Optimizer):
             create_missing_state(self.param_groups, self.state, flat=lambda group, param: False)
         self._stepper().write_counters()
         packed: dict[str, Any] = super().state_dict()
+        pack_dtypes(packed)
         if "state" in packed:  # a hook may have put anything in the dict's place, or into the state
             packed["state"] = {
-                key: {name: _own_memory(value) for name, value in entry.items()} if isinstance(entry, dict) else entry
+                key: {name: own_memory(value) for name, value in entry.items()} if isinstance(entry, dict) else entry
                 for key, entry in packed["state"].items()
             }
         return packed
@@ -353,11 +375,19 @@ class DALS(torch.optim.Optimizer):
         return {**super().__getstate__(), "_runtime": self._runtime}
 
 
-def _own_memory(value: Any) -> Any:
-    """The tensor, or a copy where it is a view of a bucket, which a checkpoint of some tensors would drag along."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return value
-    return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
+def _check_not_in_plain_zero(where: str) -> None:
+    """Raise TypeError inside a ZeroRedundancyOptimizer that is not ours: depths and counters would be wrong, unsaid."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            if not hasattr(type(frame.f_locals.get("self")), "watch_loss"):
+                raise TypeError(
+                    f"{where} inside ZeroRedundancyOptimizer would see this rank's parameters only, sorted by size: "
+                    "their depths would be wrong, and checkpoints would lose the phase. Use "
+                    "fused_dals.zero.ZeroDALS(model, ...), a ZeroRedundancyOptimizer that knows the whole model"
+                )
+            return
 
 
 def _drop_duplicates(param_group: dict[str, Any]) -> None:

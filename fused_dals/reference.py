@@ -6,10 +6,13 @@ parameters is done in float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fused_dals.rounding import Rounding, as_stored, join, split
+from fused_dals.update import Update, run_whole
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,7 +41,7 @@ def trust_ratio(
     return torch.where((param_norm == 0) | (update_norm == 0), 1.0, ratio)
 
 
-def dals_reference_(
+def reference_update(
     param: Tensor,
     grad: Tensor,
     grad_ema: Tensor,
@@ -55,8 +58,8 @@ def dals_reference_(
     grad_factor: float | Tensor = 1.0,
     compensation: Tensor | None = None,
     rounding: Rounding | None = None,
-) -> Tensor:
-    """One step of one tensor; writes param, grad_ema and momentum_buffer, returns the trust ratio (0-dim).
+) -> Update:
+    """One step of one tensor, or of a shard of one; writes param, grad_ema and momentum_buffer, returns r (0-dim).
 
     param, grad, grad_ema and momentum_buffer have one shape; ema_decay, bypass, lr (already multiplied by the
     schedule) and grad_factor (-1 to maximize, the factor of clipping) may be 0-dim tensors on the parameter's device.
@@ -74,7 +77,8 @@ def dals_reference_(
     h = alpha * h + (1 - alpha) * g
     u = b * g + (1 - b) * h
     u = u + lambda_ * p
-    r = trust_ratio(l2_norm(p), l2_norm(u), gamma, trust_clip).to(dtype)
+    p_norm, u_norm = yield l2_norm(p), l2_norm(u)  # of the whole tensor, where param is a shard
+    r = trust_ratio(p_norm, u_norm, gamma, trust_clip).to(dtype)
     m = as_stored(mu * m + u, momentum_buffer, rounding, half=1).to(dtype)  # p follows the buffer as it is stored
     p = p - eta * r * m
 
@@ -86,6 +90,11 @@ def dals_reference_(
         for stored, half in zip((param, compensation), split(p), strict=True):
             stored.copy_(half)
     return r
+
+
+def dals_reference_(*tensors: Any, **scalars: Any) -> Tensor:
+    """``reference_update`` of a whole tensor; returns the trust ratio (0-dim)."""
+    return run_whole(reference_update(*tensors, **scalars))
 
 
 def _blend(raw_blend: float, bypass: bool | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_dals import host
 from fused_dals.hyperparameters import COUNTERS
 from fused_dals.kernels import layout
+from fused_dals.loss_signal import StepLoss
 from fused_dals.phase import NO_LOSS_YET, update_loss_ema
 
 
@@ -45,8 +46,7 @@ class StepInputs:
     """What decides over one step besides gradients and hyperparameters; everything but the flags on one device."""
 
     values: Tensor  # the run state before the step, float64 [4]
-    loss_sum: Tensor | None = None  # of the losses observed since the last step, 0-dim
-    loss_count: int = 0
+    loss: StepLoss = field(default_factory=StepLoss)  # the losses observed since the last step
     found_inf: Tensor | None = None  # from a GradScaler: drop the step unless 0, 0-dim
     grad_scale: Tensor | None = None  # from a GradScaler: the gradients are multiplied by it, 0-dim
     scan: Tensor | None = None  # float64 [k, 2]: sums of squares and counts of non-finite elements of all gradients
@@ -58,10 +58,10 @@ class StepInputs:
             return self
         moved: dict[str, Any] = {
             name: host.scalars_on(device, value)
-            for name in ("values", "loss_sum", "found_inf", "grad_scale", "scan")
+            for name in ("values", "found_inf", "grad_scale", "scan")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, **moved)
+        return replace(self, **moved, loss=self.loss.on(device))
 
     @property
     def completed_steps(self) -> Tensor:
@@ -86,8 +86,9 @@ class StepInputs:
     def next_values(self) -> Tensor:
         """The run state after the step: the same as the prologue kernel makes it."""
         step, loss_ema, loss_drop, skipped = self.values.unbind()
-        if self.loss_sum is not None:
-            loss_ema, loss_drop = update_loss_ema(loss_ema, loss_drop, self.loss_sum / self.loss_count)
+        loss = self.loss.mean()
+        if loss is not None:
+            loss_ema, loss_drop = update_loss_ema(loss_ema, loss_drop, loss)
         taken = torch.stack([step + 1, loss_ema, loss_drop, skipped])
         dropped = self.dropped()
         if dropped is None:

@@ -19,6 +19,7 @@ from fused_dals.live_groups import LiveGroups
 from fused_dals.loss_signal import LossSignal
 from fused_dals.reference import raw_blend
 from fused_dals.run_state import RunState
+from fused_dals.sharding import Partitions, Shards
 from fused_dals.stats import TrustRatios
 
 
@@ -46,6 +47,7 @@ class Runtime:
 
     depths: DepthMap
     amp_fused: bool = False
+    partitions: Partitions = field(default_factory=Partitions)
     state: RunState = field(default_factory=RunState)
     loss: LossSignal = field(default_factory=LossSignal)
     live_groups: LiveGroups = field(default_factory=LiveGroups)
@@ -54,12 +56,15 @@ class Runtime:
     fused: dict[torch.device, FusedPass] = field(default_factory=dict)
     steady: Steady | None = None
     captured: Captured | None = None
+    #: Whether parameters are DTensors, and what their shards need of other ranks.
+    distributed: bool = False
+    shards: Shards | None = None
     #: Address, size and strides of the parameters that were last seen to share no memory.
     memory: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables of addresses are of no use to a copy: it builds its own at its first step.
-        return {**self.__dict__, "fused": {}, "steady": None, "captured": None, "memory": []}
+        return {**self.__dict__, "fused": {}, "steady": None, "captured": None, "memory": [], "shards": None}
 
     def depths_of(self, groups: Sequence[Mapping[str, Any]], index: int) -> list[float]:
         """Depth of every parameter of a group."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_dals.foreach import norms
 from fused_dals.reference import compute_dtype
+from fused_dals.sharding import like, local
 
 
 def scan_gradients(grads: list[Tensor]) -> Tensor:
@@ -30,12 +31,14 @@ def own_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
     seen: set[int] = set()
     for group in groups:
         for param in group["params"]:
-            grad = param.grad
-            if grad is None or grad.layout != torch.strided or not grad.numel():
+            if param.grad is None or param.grad.layout != torch.strided:
+                continue
+            grad = local(param.grad)
+            if not grad.numel():
                 continue
             expanded = not grad.is_contiguous() and any(
                 stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
             )
             if expanded or grad.data_ptr() in seen:
-                param.grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+                param.grad = like(param, torch.empty_like(local(param), dtype=grad.dtype).copy_(grad))
             seen.add(grad.data_ptr())

@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_dals.fused import FUSED_DTYPES, FusedPass, triton_is_installed
 from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
+from fused_dals.loss_signal import StepLoss
 from fused_dals.reference import dals_reference_, raw_blend
 from fused_dals.run_state import RunState, StepInputs
 from fused_dals.scalars import StepScalars
@@ -71,7 +72,7 @@ def _error_of_kernels(device: torch.device) -> float:
     drawn = [torch.randn(2, size, dtype=torch.float32, device="cpu") for size in _SIZES]
     start, grads = [pair[0].to(device) for pair in drawn], [pair[1].to(device) for pair in drawn]
     loss = torch.tensor(_LOSS, dtype=torch.float64, device=device)
-    inputs = StepInputs(RunState().values.to(device), loss, 1)
+    inputs = StepInputs(RunState().values.to(device), StepLoss(loss, 1))
     scalars = StepScalars(inputs).of_group(_GROUP)
     expected = [p.clone() for p in start]
     for p, g in zip(expected, grads, strict=True):

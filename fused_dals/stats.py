@@ -21,6 +21,7 @@ class TrustRatios:
     group_index: int
     positions: Sequence[int]
     values: Tensor
+    stepped: Tensor | None = None  # whether each was, where this rank had no gradient to tell, bool [n]
 
 
 def trust_ratios_by_label(groups: Sequence[Mapping[str, Any]], measured: Sequence[TrustRatios]) -> dict[str, float]:
@@ -29,8 +30,12 @@ def trust_ratios_by_label(groups: Sequence[Mapping[str, Any]], measured: Sequenc
         ((some.group_index, position), ratio)
         for some in measured
         if some.group_index < len(groups)
-        for position, ratio in zip(some.positions, some.values.tolist(), strict=True)
-        if position < len(groups[some.group_index]["params"])
+        for position, ratio, stepped in zip(some.positions, some.values.tolist(), _stepped(some), strict=True)
+        if stepped and position < len(groups[some.group_index]["params"])
     )
     labels = unique_labels(groups, [place for place, _ in found])
     return dict(zip(labels, (ratio for _, ratio in found), strict=True))
+
+
+def _stepped(some: TrustRatios) -> Sequence[bool]:
+    return [True] * len(some.positions) if some.stepped is None else some.stepped.tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from fused_dals import host
+from fused_dals.batch_update import BatchUpdate
 from fused_dals.capture import check_capturable, check_losses_capturable, is_capturing
 from fused_dals.fingerprint import take_fingerprint
-from fused_dals.foreach import dals_foreach_
 from fused_dals.fused import FusedPass, why_not_fused
-from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, TensorBatch, create_missing_state, gather, parameter_label
-from fused_dals.loss_signal import NO_LOSS_WARNING
+from fused_dals.gather import TensorBatch, create_missing_state, gather, parameter_label
+from fused_dals.loss_signal import NO_LOSS_WARNING, StepLoss
 from fused_dals.overlap import find_overlap
-from fused_dals.reference import dals_reference_
-from fused_dals.rounding import Rounding, place_key
 from fused_dals.run_state import StepInputs
 from fused_dals.runtime import Captured, Runtime, Steady
 from fused_dals.scalars import StepScalars
 from fused_dals.scan import own_gradients, scan_gradients
 from fused_dals.self_check import serves_by_default
+from fused_dals.sharding import Shards, is_distributed_tensor, settle_gradients
 from fused_dals.stats import TrustRatios
 
 State = dict[Tensor, dict[str, Tensor]]
@@ -45,12 +44,16 @@ class Stepper:
         """
         runtime = self.runtime
         runtime.live_groups.check(self.groups)
+        if runtime.distributed or runtime.steady is None:
+            settle_gradients(self.groups)
         if grad_scale is not None:
             own_gradients(self.groups)
         steady = self._resume()
         batches = [] if steady else gather(self.groups, self.state)
-        if batches:
+        if not steady:
             self._check_memory(batches)
+            runtime.distributed = any(is_distributed_tensor(owner) for batch in batches for owner in batch.owners)
+            runtime.shards = Shards.of(self.groups, runtime.shards)
         home = steady.fused.device if steady else self._home(batches)
         losses = [loss for loss in losses if loss is not None]
         capturing = is_capturing(home)
@@ -64,7 +67,6 @@ class Stepper:
         for loss in losses:
             runtime.loss.observe(loss)
         if steady:
-            self._warn_without_loss()
             self._run([steady.fused], [], home, found_inf, grad_scale)
             return
         only_creates_state = self._only_creates_state(batches)
@@ -72,8 +74,9 @@ class Stepper:
             create_missing_state(self.groups, self.state, flat=self._flat)
         if only_creates_state:
             return
-        self._warn_without_loss()
         passes = self._prepare(fused)
+        if runtime.shards is not None:
+            runtime.shards.set_present([place for batch in batches if not batch.absent for place in batch.places])
         self._run(passes, others, home, found_inf, grad_scale)
         self._remember(passes, others)
         if not passes and host.knows(runtime.state.values):
@@ -151,7 +154,7 @@ class Stepper:
         others: list[TensorBatch] = []
         for batch in batches:
             group, index = self.groups[batch.group_index], batch.group_index
-            if not self._flat(group, batch.params[0]):
+            if batch.absent or not self._flat(group, batch.params[0]):
                 others.append(batch)
                 continue
             reasons = list(map(why_not_fused, batch.params, batch.grads))
@@ -179,13 +182,14 @@ class Stepper:
         for device in dict.fromkeys(map(_device, batches)):
             fused = self.runtime.fused.setdefault(device, FusedPass(device))
             own = [batch for batch in batches if _device(batch) == device]
-            fused.prepare(own, self.state, blends)
+            fused.prepare(own, self.state, blends, self.runtime.shards)
             passes.append(fused)
         return passes
 
     def _remember(self, passes: Sequence[FusedPass], others: Sequence[TensorBatch]) -> None:
         """Let the next step go on with the tables of this one, if one fused pass did all of it."""
-        fingerprint = take_fingerprint(self.groups, self.state) if len(passes) == 1 and not others else None
+        alone = len(passes) == 1 and not others
+        fingerprint = take_fingerprint(self.groups, self.state, self.runtime.distributed) if alone else None
         if fingerprint is not None:
             self.runtime.steady = Steady(passes[0], fingerprint, self.runtime.live_groups.plans)
 
@@ -194,7 +198,7 @@ class Stepper:
         steady, self.runtime.steady = self.runtime.steady, None
         if steady is None or steady.plans != self.runtime.live_groups.plans:
             return None
-        now = take_fingerprint(self.groups, self.state)
+        now = take_fingerprint(self.groups, self.state, self.runtime.distributed)
         if now is None or not now.same_but_for_addresses_of_gradients(steady.fingerprint):
             return None
         if not steady.fused.follow_grads(now.grad_addresses):
@@ -214,96 +218,118 @@ class Stepper:
     ) -> None:
         """Update everything, and move the run state, which lives at ``home``, once."""
         runtime = self.runtime
+        alone = not runtime.loss.average.active()
+        if alone:
+            self._warn_without_loss()
         runtime.state.move_to(home)
-        loss_sum, loss_count = runtime.loss.take(home)
+        loss = runtime.loss.take(home)
         inputs = StepInputs(
             runtime.state.values,
-            loss_sum,
-            loss_count,
+            loss,
             None if found_inf is None else host.scalars_on(home, found_inf),
             None if grad_scale is None else host.scalars_on(home, grad_scale),
-            self._scan(passes, others, home),
-            runtime.live_groups.skips,
+            skip_nonfinite=runtime.live_groups.skips,
         )
+        inputs = self._scanned(inputs, passes, others)
         # The pass at home moves the run state; everybody else works from a copy of what it was.
         before = replace(inputs, values=inputs.values.clone()) if len(passes) > 1 or (passes and others) else inputs
-        measured: list[TrustRatios] = []
+        scalars = {device: StepScalars(before.on(device)) for device in dict.fromkeys(map(_device, others))}
+        if runtime.shards is not None:
+            runtime.shards.begin()
         for fused in passes:
             own = inputs if fused.device == home else before.on(fused.device)
-            measured += fused.run(own, self.groups, runtime.live_groups.tables)
-        scalars = {device: StepScalars(before.on(device)) for device in dict.fromkeys(map(_device, others))}
-        for batch in others:
-            ratios = self._step_batch(batch, scalars[_device(batch)])
-            measured += [] if ratios is None else [ratios]
+            fused.begin(own, self.groups, runtime.live_groups.tables)
+        measured = self._step_batches(passes, others, scalars)
         if not any(fused.device == home for fused in passes):
             inputs.values.copy_(scalars[home].next_values if home in scalars else before.next_values())
         if measured:
             runtime.trust_ratios = measured
+        if not alone:
+            self._warn_without_loss(loss)
 
-    def _scan(self, passes: Sequence[FusedPass], others: Sequence[TensorBatch], home: torch.device) -> Tensor | None:
-        """What clipping and skipping need to know of all gradients, float64 [k, 2]; None where nobody asks."""
-        if not self.runtime.live_groups.clips and not self.runtime.live_groups.skips:
-            return None
-        rows = [fused.scan() for fused in passes] + [scan_gradients(batch.grads) for batch in others]
-        if len(rows) == 1 and rows[0].device == home:
-            return rows[0]
-        return torch.cat([host.scalars_on(home, some) for some in rows]) if rows else None
+    def _step_batches(
+        self, passes: Sequence[FusedPass], others: Sequence[TensorBatch], scalars: Mapping[torch.device, StepScalars]
+    ) -> list[TrustRatios]:
+        """Everything from the norms on; those of shards are added up over the ranks once for all of them."""
+        shards = self.runtime.shards
+        measured: list[TrustRatios] = []
+        waiting: list[BatchUpdate] = []
+        for batch in others:
+            if scalars[_device(batch)].dropped is True:
+                continue
+            blends = self.runtime.raw_blends(self.groups, batch.group_index)
+            group = self.groups[batch.group_index]
+            update = BatchUpdate(batch, group, self.state, blends, scalars[_device(batch)], shards)
+            if batch.split_over:
+                waiting.append(update)
+            else:
+                measured.append(update.finish())
+        if shards is not None:
+            shards.norms.sum_over_ranks()
+        for fused in passes:
+            measured += fused.finish()
+        return measured + [update.finish() for update in waiting]
 
-    def _step_batch(self, batch: TensorBatch, scalars: StepScalars) -> TrustRatios | None:
-        """Run one batch through torch operations; None where the host knows that the step is dropped."""
-        if scalars.dropped is True:
-            return None
-        group = self.groups[batch.group_index]
-        entries = [self.state[param] for param in batch.params]
-        grad_emas, momentum_buffers = ([entry[key] for entry in entries] for key in STATE_KEYS)
-        compensations = [entry[COMPENSATION_KEY] for entry in entries if COMPENSATION_KEY in entry] or None
-        rounding: list[Rounding] | None = None
-        if grad_emas[0].dtype == torch.bfloat16:
-            rounding = [Rounding(place_key(batch.group_index, i), scalars.seed) for i in batch.positions]
-        blends = self.runtime.raw_blends(self.groups, batch.group_index)
-        raw_blends = [blends[position] for position in batch.positions]
-        arguments = scalars.of_group(group)
+    def _scanned(self, inputs: StepInputs, passes: Sequence[FusedPass], others: Sequence[TensorBatch]) -> StepInputs:
+        """With what clipping and skipping need to know of all gradients, those of other ranks too."""
+        runtime, home = self.runtime, inputs.values.device
+        shards = runtime.shards
+        partitions = runtime.partitions if runtime.partitions.group is not None else None
+        wanted = runtime.live_groups.clips or runtime.live_groups.skips
+        if not wanted and ((shards is None and partitions is None) or inputs.found_inf is None):
+            return inputs
+        rows: dict[tuple[Any, ...], list[Tensor]] = {}
+        if wanted:
+            for fused in passes:
+                for way, some in fused.scan().items():
+                    rows.setdefault(way, []).append(some)
+            for batch in others:
+                if not batch.absent:
+                    rows.setdefault(batch.split_over, []).append(scan_gradients(batch.grads))
+        found_inf = inputs.found_inf
+        if shards is not None:
+            added, found_inf = shards.scan_over_ranks(rows, found_inf)
+            rows = {(): [added]}
+        flat = [some for found in rows.values() for some in found]
+        scan: Tensor | None = None
+        if len(flat) == 1 and flat[0].device == home:
+            scan = flat[0]
+        elif flat:
+            scan = torch.cat([host.scalars_on(home, some) for some in flat])
+        if partitions is not None:
+            scan, found_anywhere = partitions.sum(scan, found_inf, home)
+            found_inf = None if found_inf is None else found_anywhere
+        if found_inf is not None:
+            found_inf = host.scalars_on(home, found_inf)
+        return replace(inputs, scan=scan if wanted else None, found_inf=found_inf)
 
-        written = batch.params + grad_emas + momentum_buffers + (compensations or [])
-        if scalars.inputs.grad_scale is not None:
-            written += batch.grads
-        saved = [tensor.clone() for tensor in written] if isinstance(scalars.dropped, Tensor) else []
-        tensors = (batch.params, batch.grads, grad_emas, momentum_buffers, raw_blends)
-        if group["foreach"] is False:
-            nothing = [None] * len(batch.params)
-            extras = zip(compensations or nothing, rounding or nothing, strict=True)
-            ratios = torch.stack(
-                [
-                    dals_reference_(*one, **arguments, compensation=compensation, rounding=drawn)
-                    for one, (compensation, drawn) in zip(zip(*tensors, strict=True), extras, strict=True)
-                ]
-            )
-        else:
-            ratios = dals_foreach_(*tensors, **arguments, compensations=compensations, rounding=rounding)
-        scalars.unscale_(batch.grads)
-        for tensor, old in zip(written, saved, strict=bool(saved)):
-            # The device alone knows whether the step is dropped: take it back where it is, without waiting.
-            tensor.copy_(torch.where(scalars.dropped, old, tensor))  # type: ignore[arg-type]
-        return TrustRatios(batch.group_index, batch.positions, ratios)
-
-    def _warn_without_loss(self) -> None:
-        if not self.runtime.loss.observed:
-            self.runtime.warn_once("loss", NO_LOSS_WARNING.format(optimizer=self.name))
+    def _warn_without_loss(self, taken: StepLoss | None = None) -> None:
+        """Once; ``taken`` is what all ranks had, where there are several: one of them may have a loss for all."""
+        loss = self.runtime.loss
+        if loss.observed or "loss" in self.runtime.warned:
+            return
+        if taken is not None and taken.total is not None and float(taken.total[1]) > 0:  # waits, in the first step
+            loss.observed = True
+            return
+        self.runtime.warn_once("loss", NO_LOSS_WARNING.format(optimizer=self.name))
 
     def _only_creates_state(self, batches: Sequence[TensorBatch]) -> bool:
         """Whether this is the call by which distributed checkpointing makes an optimizer create its state.
 
         It calls step() once with lr 0 and zero gradients, without a loss; such a call must leave weights, counters
         and phase alone. The look at the gradients waits for the device, but only a first step with lr 0 gets there.
+        Ranks that share parameters must agree on it, or one would wait for the others' norms.
         """
-        if self.state or self.runtime.loss.observed or not batches:
+        shards = self.runtime.shards
+        if self.state or (shards is None and (self.runtime.loss.observed or not batches)):
             return False
         if not host.knows(self.runtime.state.values) or self.runtime.state.numbers()["step"]:
             return False
         lrs = [group["lr"] for group in self.groups]
         if any(isinstance(lr, Tensor) and not host.knows(lr) for lr in lrs) or any(float(lr) != 0 for lr in lrs):
             return False
-        return not any(bool(grad.any()) for batch in batches for grad in batch.grads)
+        steps = self.runtime.loss.observed or any(bool(grad.any()) for batch in batches for grad in batch.grads)
+        return not (steps if shards is None else shards.any_rank(steps))
 
 
 def _device(batch: TensorBatch) -> torch.device:

@@ -34,6 +34,8 @@ GROUP = tl.constexpr(layout.GROUP)
 ACCESS = tl.constexpr(layout.ACCESS)
 DIMS = tl.constexpr(layout.DIMS)
 ROUNDING_KEY = tl.constexpr(layout.ROUNDING_KEY)
+NORMS_ROW = tl.constexpr(layout.NORMS_ROW)
+NORMS_WIDTH = tl.constexpr(layout.NORMS_WIDTH)
 TENSOR_WIDTH = tl.constexpr(len(layout.TENSOR_COLUMNS))
 SCALAR_WIDTH = tl.constexpr(len(layout.SCALAR_COLUMNS))
 WIDE = tl.constexpr(layout.WIDE)
@@ -168,8 +170,8 @@ def strided_offsets(at, dims):
 
 
 @triton.jit
-def _trust_ratio(partials, chunks, scalars):
-    """r from the partial sums of a tensor, which are complete; added in index order, in float64."""
+def _sums_of_squares(partials, chunks):
+    """|p|^2 and |u|^2 from the partial sums of a tensor, which are complete; added in index order, in float64."""
     p_squares = tl.zeros([PARTIALS_PER_TURN], dtype=tl.float64)
     u_squares = tl.zeros([PARTIALS_PER_TURN], dtype=tl.float64)
     for start in range(0, chunks, PARTIALS_PER_TURN):
@@ -177,15 +179,47 @@ def _trust_ratio(partials, chunks, scalars):
         mask = at < chunks
         p_squares += tl.load(partials + 2 * at, mask=mask, other=0.0).to(tl.float64)
         u_squares += tl.load(partials + 2 * at + 1, mask=mask, other=0.0).to(tl.float64)
-    p_norm = tl.sqrt(tl.sum(p_squares))
-    u_norm = tl.sqrt(tl.sum(u_squares))
-    gamma = tl.load(scalars + 4).to(tl.float64)
-    low = tl.load(scalars + 5).to(tl.float64)
-    high = tl.load(scalars + 6).to(tl.float64)
+    return tl.sum(p_squares), tl.sum(u_squares)
+
+
+@triton.jit
+def _trust_ratio(p_squares, u_squares, gamma, low, high):
+    """r, elementwise, in float64."""
+    p_norm = tl.sqrt(p_squares)
+    u_norm = tl.sqrt(u_squares)
     degenerate = (p_norm == 0) | (u_norm == 0)
-    ratio = gamma * p_norm / tl.where(degenerate, 1.0, u_norm)
+    ratio = gamma.to(tl.float64) * p_norm / tl.where(degenerate, 1.0, u_norm)
+    low = low.to(tl.float64)
+    high = high.to(tl.float64)
     ratio = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))  # NaN stays NaN
     return tl.where(degenerate, 1.0, ratio).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["count"])
+def ratios_of_norms(
+    tensors,  # int64 [n, TENSOR_WIDTH]
+    norms,  # float64 [rows, NORMS_WIDTH]: sums of squares over all ranks
+    scalars,  # float32 [groups, SCALAR_WIDTH]
+    ratios,  # float32 [n]: r, written
+    ready,  # int32 [n], set to 1
+    count,  # n
+    BLOCK: tl.constexpr,
+):
+    """Between the stages of a pass over shards: r of every tensor from norms that other ranks have had a part in."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    row = tensors + at * TENSOR_WIDTH
+    norm = norms + tl.load(row + NORMS_ROW, mask=mask, other=0) * NORMS_WIDTH
+    group = scalars + tl.load(row + GROUP, mask=mask, other=0) * SCALAR_WIDTH
+    ratio = _trust_ratio(
+        tl.load(norm, mask=mask, other=0.0),
+        tl.load(norm + 1, mask=mask, other=0.0),
+        tl.load(group + 4, mask=mask, other=0.0),
+        tl.load(group + 5, mask=mask, other=0.0),
+        tl.load(group + 6, mask=mask, other=0.0),
+    )
+    tl.store(ratios + at, ratio, mask=mask)
+    tl.store(ready + at, tl.zeros([BLOCK], dtype=tl.int32) + 1, mask=mask)
 
 
 @triton.jit(do_not_specialize=["item_count"])
@@ -197,6 +231,7 @@ def fused_pass(
     scalars,  # float32 [groups, SCALAR_WIDTH]
     items,  # int64 [item_count], packed
     partials,  # float32 [all chunks, 2]
+    norms,  # float64 [rows, NORMS_WIDTH]: with SHARDED, where sums of squares go
     ratios,  # float32 [n]: r
     arrivals,  # int32 [n], 0
     ready,  # int32 [n], 0
@@ -208,10 +243,14 @@ def fused_pass(
     STATE_TYPE: tl.constexpr,
     COMPENSATED: tl.constexpr,
     UNSCALE: tl.constexpr,
+    SHARDED: tl.constexpr,
     CHUNK: tl.constexpr,
     A_WRITES: tl.constexpr,
 ):
     """Run the items of a work list until none is left.
+
+    SHARDED: tensors are shards, whose ratios need sums over ranks. Stage A and stage B are two launches, each with a
+    list and a counter of its own, and ratios_of_norms runs between them.
 
     COMPENSATED: parameters are bfloat16 with an int16 beside each element; UNSCALE: gradients are written back without
     the scale of a GradScaler. State in bfloat16 is rounded stochastically.
@@ -281,9 +320,17 @@ def fused_pass(
             arrived = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel", scope="gpu")
             chunks = tl.load(row + CHUNKS)
             if arrived == chunks - 1:
-                tl.store(ratios + tensor, _trust_ratio(partials + 2 * first_chunk, chunks, scalar_row))
-                tl.debug_barrier()
-                tl.atomic_xchg(ready + tensor, 1, sem="release", scope="gpu")
+                p_sum, u_sum = _sums_of_squares(partials + 2 * first_chunk, chunks)
+                if SHARDED:
+                    # In 24 bits, so that sums over ranks are exact, in whatever order they are made.
+                    norm = norms + tl.load(row + NORMS_ROW) * NORMS_WIDTH
+                    tl.store(norm, p_sum.to(tl.float32).to(tl.float64))
+                    tl.store(norm + 1, u_sum.to(tl.float32).to(tl.float64))
+                else:
+                    gamma, low, high = tl.load(scalar_row + 4), tl.load(scalar_row + 5), tl.load(scalar_row + 6)
+                    tl.store(ratios + tensor, _trust_ratio(p_sum, u_sum, gamma, low, high))
+                    tl.debug_barrier()
+                    tl.atomic_xchg(ready + tensor, 1, sem="release", scope="gpu")
         else:
             is_ready = tl.atomic_add(ready + tensor, 0, sem="acquire", scope="gpu")
             while is_ready == 0:

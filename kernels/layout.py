@@ -18,10 +18,16 @@ TENSOR_COLUMNS = (
     "ACCESS",
     "DIMS",
     "ROUNDING_KEY",
+    "NORMS_ROW",
 )
-PARAM, GRAD_EMA, MOMENTUM_BUFFER, COMPENSATION, NUMEL, FIRST_CHUNK, CHUNKS, GROUP, ACCESS, DIMS, ROUNDING_KEY = range(
-    len(TENSOR_COLUMNS)
-)
+(
+    PARAM, GRAD_EMA, MOMENTUM_BUFFER, COMPENSATION, NUMEL, FIRST_CHUNK, CHUNKS, GROUP, ACCESS, DIMS, ROUNDING_KEY,
+    NORMS_ROW,
+) = range(len(TENSOR_COLUMNS))  # fmt: skip
+
+#: float64 table with a row per parameter of an optimizer that has shards: sums of squares of p and u, over all ranks in
+#: the end, and the number of ranks with a gradient.
+NORMS_WIDTH = 3
 
 #: How a tensor is reached: 16-byte accesses, element by element, or through sizes and strides (row DIMS of that table).
 WIDE, NARROW, STRIDED = 0, 1, 2
@@ -51,6 +57,9 @@ DROPPED = 1 << 30
 #: Elements of a chunk, the unit of work, and warps of a program: 4096 float32 elements of 8 warps are 16 a thread, four
 #: 16-byte loads per tensor. Waits for a measurement.
 CHUNK, NUM_WARPS = 4096, 8
+
+#: Tensors that one program of ratios_of_norms serves.
+RATIOS_BLOCK = 256
 
 #: Work items are packed into 64 bits: stage in bit 0, chunk in bits 1 to 31, tensor above.
 CHUNK_BITS = 31

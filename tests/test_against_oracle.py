@@ -57,7 +57,9 @@ def test_float32_drifts_by_rounding_only(preset: str, path: str, seed: int) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_step_rounds_once(dtype: torch.dtype, preset: str, path: str, maximize: bool, seed: int) -> None:
     """Judged step by step: float32 state to a few float32 roundings, the parameter to one rounding of its dtype."""
-    errors = run(preset, path, dtype, resync=True, maximize=maximize, **SCHEDULES["none"])
+    # Ascent at the preset's rate leaves the range of float32 within 200 steps for some draws.
+    options = {**SCHEDULES["none"], "maximize": maximize, **({"lr": 1e-3} if maximize else {})}
+    errors = run(preset, path, dtype, resync=True, **options)
     assert max(errors.grad_ema, errors.momentum_buffer) < 4 * EPS[torch.float32], errors
     assert errors.trust_ratio < RATIO * EPS[torch.float32], errors
     # 64: the rounding of a badly conditioned trust ratio reaches the parameter (seen: 13).

@@ -171,13 +171,13 @@ def test_a_graph_that_does_not_follow_is_seen(machine: Recording, monkeypatch: p
 
 
 def test_waiting_is_seen(machine: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = FusedPass.run
+    real = FusedPass.begin
 
     def waits(self: FusedPass, inputs: Any, groups: Any, version: int) -> Any:
         inputs.values[0].item()
         return real(self, inputs, groups, version)
 
-    monkeypatch.setattr(FusedPass, "run", waits)
+    monkeypatch.setattr(FusedPass, "begin", waits)
     by_hand = gpu_features._scaled_by_hand
     check = attempt("x", lambda: by_hand(machine, SEED, {"fused": True}))
     assert not check.passed and "synchronizing" in check.detail
@@ -185,10 +185,10 @@ def test_waiting_is_seen(machine: Recording, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_other_rounding_is_seen(machine: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = FusedPass.run
+    real = FusedPass.finish
 
-    def shifted(self: FusedPass, inputs: Any, groups: Any, version: int) -> Any:
-        measured = real(self, inputs, groups, version)
+    def shifted(self: FusedPass) -> Any:
+        measured = real(self)
         for training in trainings:
             for entry in training.optimizer.state.values():
                 for key in STATE_KEYS:
@@ -196,7 +196,7 @@ def test_other_rounding_is_seen(machine: Recording, monkeypatch: pytest.MonkeyPa
         return measured
 
     trainings: list[Training] = []
-    monkeypatch.setattr(FusedPass, "run", shifted)
+    monkeypatch.setattr(FusedPass, "finish", shifted)
     build = Training.__init__
 
     def remembered(self: Training, *args: Any, **arguments: Any) -> None:

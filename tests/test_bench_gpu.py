@@ -460,8 +460,8 @@ def test_a_race_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(driver)
         (launch,) = driver.fused_pass.launches
         if len(calls) == 3:
-            launch.params[2][0] += 1
-        return torch.ones(len(launch.params))
+            launch.owners[2][0] += 1
+        return torch.ones(len(launch.owners))
 
     monkeypatch.setattr(PassDriver, "step", step)
     check = hunt_races(CpuMachine(), FP32, Crowd(3, 10, 1, 100), Plan(chunk=64), 6, 0)

@@ -33,13 +33,13 @@ F32 = torch.float32
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the steps that the kernels take, on a CPU that passes for a GPU on which they work."""
     taken: list[int] = []
-    real = FusedPass.run
+    real = FusedPass.begin
 
-    def run(self: FusedPass, *arguments: Any) -> Any:
+    def begin(self: FusedPass, *arguments: Any) -> Any:
         taken.append(len(self.launches))
         return real(self, *arguments)
 
-    monkeypatch.setattr(FusedPass, "run", run)
+    monkeypatch.setattr(FusedPass, "begin", begin)
     monkeypatch.setattr(stepper, "serves_by_default", lambda param: param.dtype != torch.float64)
     return taken
 
@@ -205,7 +205,8 @@ def test_the_default_device_is_no_matter_for_tables() -> None:
         (launch,) = fused.launches
         addresses = [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
         assert launch.bucket.grads.tolist() == addresses
-        rows = [fused.group_table.rows, launch.bucket.items, launch.bucket.scan_items(), launch.bucket.blends]
+        bucket = launch.bucket
+        rows = [fused.group_table.rows, bucket.lists[0].items, bucket.scan_lists()[()], bucket.blends]
         tables.append([row.clone() for row in rows])
         assert all(table.device == CPU for table in rows)
     assert identical(*tables)

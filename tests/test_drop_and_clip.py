@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS, host, scalars
+from fused_dals.loss_signal import StepLoss
 from fused_dals.run_state import StepInputs
 from tests.helpers import EVERY_PATH, ConvNet, batch, identical, snapshot, train_step
 
@@ -361,7 +362,7 @@ def test_clip_factor_is_that_of_torch() -> None:
 def test_a_dropped_step_of_the_run_state() -> None:
     values = torch.tensor([5.0, 2.0, 0.5, 1.0], dtype=torch.float64)
     loss = torch.tensor(1.0, dtype=torch.float64)
-    taken = StepInputs(values, loss, 1).next_values().tolist()
+    taken = StepInputs(values, StepLoss(loss, 1)).next_values().tolist()
     assert taken[0] == 6.0 and taken[1] == pytest.approx(1.95) and taken[3] == 1.0
-    dropped = StepInputs(values, loss, 1, found_inf=torch.tensor([2.0])).next_values().tolist()
+    dropped = StepInputs(values, StepLoss(loss, 1), found_inf=torch.tensor([2.0])).next_values().tolist()
     assert dropped == [5.0, 2.0, 0.5, 2.0]

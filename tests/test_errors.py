@@ -10,7 +10,6 @@ import torch
 import torch.distributed.device_mesh
 import torch.distributed.tensor
 from torch import nn
-from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from fused_dals import DALS, DALSAcc, DALSFast
 from tests.helpers import ConvNet, batch, identical, mlp, snapshot, train_step
@@ -198,23 +197,6 @@ def test_meta_parameters() -> None:
         p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="'weight' of group 0: it is on the meta device"):
         optimizer.step(loss=1.0)
-
-
-def test_sharded_parameters_are_refused(seed: int) -> None:
-    """Local norms would be wrong without a word."""
-    model, optimizer = stepped()
-    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.ones(4, 4), mesh))
-        weight.grad = weight.detach().clone()
-        sharded = DALS([("weight", weight)])
-        with pytest.raises(RuntimeError, match="parameter 'weight' of group 0: it is sharded"):
-            sharded.step(loss=1.0)
-    finally:
-        torch.distributed.destroy_process_group()
-    model.conv.weight._fsdp_flattened = True  # type: ignore[attr-defined]
-    assert_refused(model, optimizer, "parameter 'conv.weight' of group 0: it is sharded")
 
 
 def test_shapes_that_changed_under_the_optimizer(seed: int) -> None:

@@ -124,7 +124,7 @@ KEYWORDS: dict[str, tuple[Values, Values]] = {
     "skip_nonfinite": (st.booleans(), not_flags(None)),
     "state_dtype": (
         one_of(torch.float32, torch.bfloat16),
-        one_of(*ODD, *ARRAYS, *TENSORS, None, 0, True, "float32", torch.float16, torch.float64, torch.int8, float),
+        one_of(*ODD, *ARRAYS, *TENSORS, None, 0, True, "float64", torch.float16, torch.float64, torch.int8, float),
     ),
     "compensated": (st.booleans(), not_flags(None)),
     "capturable": (st.booleans(), not_flags(None)),
@@ -548,6 +548,7 @@ def check_loaded(optimizer: DALS, saved: Any) -> None:
             have = optimizer.state[p][key]
             assert have.dtype == dtype and not have.requires_grad and same(have, value.detach().to(dtype))
     for group, wanted in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        wanted["state_dtype"] = getattr(torch, str(wanted["state_dtype"]).removeprefix("torch."))
         assert all(same(group[key], wanted[key]) for key in wanted if key not in ("params", "param_names"))
     assert optimizer.state_dict()["param_groups"][0]["step"] == saved["param_groups"][0]["step"]
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dals.buckets import CHUNK, Bucket, FusedTensors, joined_dims
+from fused_dals.buckets import CHUNK, Bucket, FusedTensors, WorkList, joined_dims
 from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
+from fused_dals.loss_signal import StepLoss
 from fused_dals.run_state import RunState, StepInputs
 from fused_dals.worklist import STAGE_A, STAGE_B, packed_work_list, stage_order
 
@@ -30,11 +31,10 @@ def unpack(item: int) -> tuple[int, int, int]:
 
 def plan(sizes: Sequence[int]) -> Bucket:
     """The tables of tensors of these sizes, each a single element that is repeated without memory."""
-    bucket = Bucket(CPU, window=1)
+    bucket, count = Bucket(CPU, window=1), len(sizes)
     lists = [[torch.zeros(1).expand(size) for size in sizes] for _ in range(4)]
-    bucket.refresh(
-        FusedTensors(*lists, [], groups=[0] * len(sizes), blends=[0.5] * len(sizes), rounding_keys=[0] * len(sizes))
-    )
+    same: dict[str, Any] = {"groups": [0] * count, "blends": [0.5] * count, "rounding_keys": [0] * count}
+    bucket.refresh(FusedTensors(*lists, [], **same, norms_rows=[], split_over=[()] * count))
     return bucket
 
 
@@ -72,8 +72,9 @@ def test_the_table_of_large_tensors(size: int) -> None:
         assert row["FIRST_CHUNK"] == first_chunk
         assert 0 <= row["CHUNKS"] * CHUNK - row["NUMEL"] < CHUNK
         first_chunk += row["CHUNKS"]
-    assert bucket.partials.numel() == 2 * first_chunk and bucket.item_count == 2 * first_chunk == len(bucket.items)
-    last = max(chunk * CHUNK for tensor, chunk, _ in map(unpack, bucket.items[:2000].tolist()) if tensor <= 1)
+    (work,) = bucket.lists
+    assert bucket.partials.numel() == 2 * first_chunk and work.count == 2 * first_chunk == len(work.items)
+    last = max(chunk * CHUNK for tensor, chunk, _ in map(unpack, work.items[:2000].tolist()) if tensor <= 1)
     assert last < size
 
 
@@ -106,17 +107,17 @@ def run_chunks(p: Tensor, g: Tensor, h: Tensor, m: Tensor, chunks: list[int], st
         "ema_decay": (0.3, 0.6, 0.7), "phase_thresholds": (0.01, 0.002), "total_steps": None, "warmup_fraction": 0.0,
         "restart_steps": None, "restart_mult": 2, "maximize": False, "max_grad_norm": None,
     }  # fmt: skip
-    inputs = StepInputs(RunState().values, torch.ones((), dtype=torch.float64), 1)
+    inputs = StepInputs(RunState().values, StepLoss(torch.ones((), dtype=torch.float64), 1))
     fused = FusedPass(CPU, stage_a_writes=stage_a_writes)
     fused.prepare([TensorBatch(0, [0], [p], [g])], {p: {"grad_ema": h, "momentum_buffer": m}}, [[0.4]])
     (launch,) = fused.launches
     bucket = launch.bucket
     items = [layout.pack_item(0, chunk, stage) for stage in (STAGE_A, STAGE_B) for chunk in chunks]
-    bucket.items, bucket.item_count = torch.tensor(items), len(items)
+    bucket.lists = [WorkList(torch.tensor(items), len(items))]
     fused._launch_prologue(inputs, [group], 0)
     bucket.arrivals[0] = -(-p.numel() // CHUNK) - len(chunks)
     bucket.partials.zero_()
-    fused._launch_pass(launch, unscale=False)
+    fused._launch_pass(launch, 0)
     assert int(bucket.ready[0]) == 1 and int(bucket.arrivals[0]) == -(-p.numel() // CHUNK)
     found = [t.reshape(-1)[chunk * CHUNK :][:CHUNK].clone() for t in (p, h, m) for chunk in chunks]
     sums = bucket.partials.view(-1, 2)

@@ -52,7 +52,7 @@ def test_kernels_that_are_wrong_are_found_out(fresh_check: None, monkeypatch: py
 
     def wrong(self: FusedPass, *arguments: Any) -> Any:
         measured = real(self, *arguments)
-        self.launches[0].params[1].mul_(1.001)
+        self.launches[0].owners[1].mul_(1.001)
         return measured
 
     monkeypatch.setattr(FusedPass, "run", wrong)

@@ -14,6 +14,7 @@ from fused_dals import DALS, fused
 from fused_dals.buckets import CHUNK, Bucket
 from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
+from fused_dals.loss_signal import StepLoss
 from fused_dals.run_state import RunState, StepInputs
 
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]
@@ -86,7 +87,7 @@ class PassDriver:
 
     def step(self) -> Tensor:
         """One step; returns the trust ratios, in memory that the next step writes again."""
-        inputs = StepInputs(self.run_state.values, self.loss, 1)
+        inputs = StepInputs(self.run_state.values, StepLoss(self.loss, 1))
         with _launch_shape(self.plan):
             (measured,) = self.fused_pass.run(inputs, [self.group], groups_version=0)
         return measured.values

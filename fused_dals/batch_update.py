@@ -1,0 +1,97 @@
+"""One batch of tensors through torch operations: begun and finished apart, where norms come from all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_dals.foreach import foreach_update
+from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, TensorBatch
+from fused_dals.reference import compute_dtype, reference_update
+from fused_dals.rounding import Rounding, place_key
+from fused_dals.scalars import StepScalars
+from fused_dals.sharding import Shards, as_index, is_distributed_tensor
+from fused_dals.stats import TrustRatios
+from fused_dals.update import Update, finish
+
+
+class BatchUpdate:
+    """From the gradients to the norms when it is made, the rest by ``finish``."""
+
+    def __init__(
+        self,
+        batch: TensorBatch,
+        group: Mapping[str, Any],
+        state: Mapping[Tensor, Mapping[str, Tensor]],
+        raw_blends: Sequence[float],
+        scalars: StepScalars,
+        shards: Shards | None,
+    ) -> None:
+        """``raw_blends``: b of every parameter of the group. ``shards`` where any parameter is split over ranks."""
+        self.batch = batch
+        self.scalars = scalars
+        self.shards = shards if batch.split_over else None
+        self._together = group["foreach"] is not False
+        grad_emas, momentum_buffers = (batch.state_of(state, key) for key in STATE_KEYS)
+        compensations = batch.state_of(state, COMPENSATION_KEY)
+        rounding: list[Rounding] = []
+        if grad_emas[0].dtype == torch.bfloat16:
+            rounding = [Rounding(place_key(batch.group_index, i), scalars.seed) for i in batch.positions]
+        blends = [raw_blends[position] for position in batch.positions]
+        tensors: tuple[Any, ...] = (batch.params, batch.grads, grad_emas, momentum_buffers, blends)
+        arguments = scalars.of_group(group)
+
+        written = batch.params + grad_emas + momentum_buffers + compensations
+        if self._unscales():
+            written += batch.grads
+        # The device alone knows whether the step is dropped, and other ranks whether there is a gradient at all.
+        undoable = isinstance(scalars.dropped, Tensor) or batch.absent
+        self._saved = [(tensor, tensor.clone()) for tensor in written] if undoable else []
+        if self._together:
+            arguments |= {"compensations": compensations or None, "rounding": rounding or None}
+            self._updates: list[Update] = [foreach_update(*tensors, **arguments)]
+        else:
+            nothing = [None] * len(blends)
+            extras_of_each = zip(compensations or nothing, rounding or nothing, strict=True)
+            self._updates = [
+                reference_update(*one, **arguments, compensation=compensation, rounding=drawn)
+                for one, (compensation, drawn) in zip(zip(*tensors, strict=True), extras_of_each, strict=True)
+            ]
+        norms = list(map(next, self._updates))
+        if self._together:
+            self._norms = norms[0]
+        else:
+            self._norms = torch.stack([p for p, _ in norms]), torch.stack([u for _, u in norms])
+        if self.shards is not None:
+            self._rows = as_index([self.shards.row[place] for place in batch.places], self.shards.device)
+            self.shards.put(self._rows, *self._norms, compute_dtype(batch.params[0].dtype))
+
+    def finish(self) -> TrustRatios:
+        """Write what depends on the norms, once those of shards have been added up."""
+        norms = self._norms if self.shards is None else self.shards.take(self._rows)
+        if self._together:
+            ratios = finish(self._updates[0], norms)
+        else:
+            ratios = torch.stack([finish(update, (p, u)) for update, p, u in zip(self._updates, *norms, strict=True)])
+        if self._unscales():
+            self.scalars.unscale_(self.batch.grads)
+        stepped = self.shards.present(self._rows) if self.batch.absent and self.shards is not None else None
+        self._take_back(stepped)
+        if is_distributed_tensor(self.batch.owners[0]):
+            torch.autograd.graph.increment_version(self.batch.owners)  # only the shards' own versions have moved
+        return TrustRatios(self.batch.group_index, self.batch.positions, ratios, stepped)
+
+    def _unscales(self) -> bool:
+        return self.scalars.inputs.grad_scale is not None and not self.batch.absent
+
+    def _take_back(self, stepped: Tensor | None) -> None:
+        """Restore what was not to be stepped, where it is, without waiting."""
+        count, dropped = len(self.batch.params), self.scalars.dropped
+        undo: list[Any] = [dropped] * count
+        if stepped is not None:
+            undo = list((~stepped | dropped if isinstance(dropped, Tensor) else ~stepped).unbind())
+        for i, (tensor, old) in enumerate(self._saved):
+            tensor.copy_(torch.where(undo[i % count], old, tensor))

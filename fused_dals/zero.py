@@ -1,0 +1,130 @@
+"""DALS under ZeroRedundancyOptimizer: every rank steps some whole parameters, and sends them to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils.hooks import RemovableHandle
+
+from fused_dals.depth import depths_from_names
+from fused_dals.optimizer import DALS
+
+
+class ZeroDALS(ZeroRedundancyOptimizer):
+    """ZeroRedundancyOptimizer with DALS (or a preset) inside: the state is spread over the ranks of DDP.
+
+    What a rank holds are whole parameters, so trust ratios need no other rank. What they do need is here: depths over
+    the whole model, the norm of all gradients for clipping, one phase, and the run's counters in checkpoints.
+
+    Args:
+        params: the model or ``model.named_parameters()``; or groups, dicts whose "params" are (name, parameter) pairs.
+        optimizer_class: DALS (default), DALSFast or DALSAcc.
+        process_group: the ranks that share the state; None: all.
+        parameters_as_bucket_view: as of ZeroRedundancyOptimizer (False).
+        depth: a dict of all names to depths, as infer_depths returns it; None: by the names.
+        options: the other arguments of ``optimizer_class``.
+
+    ``step(closure, loss=loss)``, ``observe_loss`` and ``watch_loss`` as of DALS. ``consolidate_state_dict(to=rank)``
+    before ``state_dict()``, as of ZeroRedundancyOptimizer; ``load_state_dict`` resumes bit for bit.
+
+    Raises:
+        TypeError: parameters have no names, or optimizer_class is none of ours. ValueError: a name has no depth.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        optimizer_class: type[DALS] = DALS,
+        *,
+        process_group: Any = None,
+        parameters_as_bucket_view: bool = False,
+        depth: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, DALS)):
+            raise TypeError(f"ZeroDALS: optimizer_class must be DALS or a preset of it, got {optimizer_class!r}")
+        groups, name_of = _without_names(params)
+        depths = depths_from_names([list(name_of.values())]) if depth is None else depth
+        without = [name for name in name_of.values() if name not in depths]
+        if without:
+            raise ValueError(f"ZeroDALS: depth has no entry for parameter {without[0]!r}")
+
+        def build(own: list[dict[str, Any]], **defaults: Any) -> DALS:
+            rule = lambda label, param: depths[name_of[param]]  # noqa: E731
+            ranks = {"loss_group": process_group, "partition_group": world}
+            return optimizer_class(own, depth=rule, **{**ranks, **options, **defaults})
+
+        world = torch.distributed.group.WORLD if process_group is None else process_group
+        super().__init__(groups, build, process_group=world, parameters_as_bucket_view=parameters_as_bucket_view)  # type: ignore[arg-type]
+
+    @property
+    def local(self) -> DALS:
+        """The optimizer of this rank's own parameters, to look into: ``zero.local.phases()``."""
+        optimizer: DALS = self.optim
+        return optimizer
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """As of DALS."""
+        self.local.observe_loss(loss)
+
+    def watch_loss(self, module: nn.Module) -> RemovableHandle:
+        """As of DALS."""
+        return self.local.watch_loss(module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of ZeroRedundancyOptimizer, with the run state (step, loss_ema, loss_drop, ...) in the groups."""
+        packed: dict[str, Any] = super().state_dict()
+        local = self.local.state_dict()
+        for group, own in zip(packed["param_groups"], local["param_groups"], strict=True):
+            group.update({key: value for key, value in own.items() if key != "params"})
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned on any rank: this rank takes what is its own, checked as by DALS."""
+        own = self.local.state_dict()
+        index_of = {param: index for index, param in enumerate(_params(self.local.param_groups))}
+        state = {
+            index_of[param]: state_dict["state"][index]
+            for index, param in enumerate(_params(self.param_groups))
+            if param in index_of and index in state_dict["state"]
+        }
+        if len(state_dict["param_groups"]) != len(own["param_groups"]):
+            raise ValueError(
+                f"checkpoint: it has {len(state_dict['param_groups'])} groups, and this optimizer has "
+                f"{len(own['param_groups'])}"
+            )
+        groups = [
+            {**saved, "params": mine["params"]}
+            for saved, mine in zip(state_dict["param_groups"], own["param_groups"], strict=True)
+        ]
+        self.local.load_state_dict({"state": state, "param_groups": groups})
+        for group, mine in zip(self.param_groups, self.local.param_groups, strict=True):
+            group.update({key: value for key, value in mine.items() if key != "params"})
+
+
+def _params(groups: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    return [param for group in groups for param in group["params"]]
+
+
+def _without_names(
+    params: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
+    """Groups of plain parameters, which is all that ZeroRedundancyOptimizer takes, and the parameters' names."""
+    listed: list[Any] = list(params.named_parameters() if isinstance(params, nn.Module) else params)
+    groups = listed if listed and isinstance(listed[0], Mapping) else [{"params": listed}]
+    name_of: dict[Tensor, str] = {}
+    plain = []
+    for group in groups:
+        pairs = list(group["params"])
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise TypeError(
+                "ZeroDALS: parameters need names, from which their depths are read: pass the model itself, "
+                "model.named_parameters(), or groups of (name, parameter) pairs"
+            )
+        name_of |= {param: name for name, param in pairs}
+        plain.append({**group, "params": [param for _, param in pairs]})
+    return plain, name_of

@@ -10,12 +10,13 @@ COMMANDS = {
     "micro": "time one optimizer step on real parameter lists; table, JSON",
     "host": "time what a fused step costs the host, launches left out; table, JSON",
     "codegen": "compile the kernels for several GPUs, without one: registers, spills, access widths; table, JSON",
+    "sharding": "what sharding adds to a step: collectives, bytes, time, by arithmetic from links that you assume",
     "gpu": "on a GPU: correctness of the kernels, races, launches, step time beside other optimizers; tables, JSON",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    listing = "\n".join(f"  {name:<8}{text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Demonstration and benchmarks of fused_dals.",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fused_dals.sharding import Place, is_distributed_tensor, like, local, split_over, why_not_sharded
+from fused_dals.sharding import Place, is_distributed_tensor, like, local, split_over, why_flattened, why_not_sharded
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -86,8 +86,14 @@ def unique_labels(groups: Sequence[Mapping[str, Any]], places: Sequence[tuple[in
     ]
 
 
-def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]) -> list[TensorBatch]:
+def gather(
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    shapes: Sequence[Sequence[tuple[int, ...]] | None],
+) -> list[TensorBatch]:
     """Batches of everything that has a gradient, and of shards whose gradient only other ranks may have.
+
+    ``shapes``: those of each group's parameters when it joined, where they were known.
 
     Raises:
         RuntimeError: a gradient is sparse, a parameter or gradient has a dtype or device that DALS cannot serve, or
@@ -102,7 +108,8 @@ def gather(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str,
                 grad = like(param, torch.zeros((), dtype=param.dtype, device=param.device).expand(local(param).shape))
             if grad is None:
                 continue
-            problem = _problem(param, grad, group, state.get(param))
+            known = shapes[group_index] if group_index < len(shapes) else None
+            problem = why_flattened(param, position, known) or _problem(param, grad, group, state.get(param))
             if problem:
                 label = parameter_label(group, group_index, position)
                 raise RuntimeError(f"DALS cannot step parameter {label!r} of group {group_index}: {problem}")

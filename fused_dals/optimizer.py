@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fused_dals.checkpoint import load_checkpoint, own_memory, pack_dtypes
@@ -215,6 +216,9 @@ class DALS(torch.optim.Optimizer):
                 check_depth_keys(rule, names or (), where)
             depths.learn_rule(rule, index, labelled, where)
             depths.learn_names(names or ())
+            params = param_group["params"]
+            shapes = None if any(map(is_lazy, params)) else [tuple(param.shape) for param in params]
+            self._runtime.shapes[index:] = [shapes]
         except Exception:
             del self.param_groups[index]
             raise

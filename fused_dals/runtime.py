@@ -56,6 +56,8 @@ class Runtime:
     fused: dict[torch.device, FusedPass] = field(default_factory=dict)
     steady: Steady | None = None
     captured: Captured | None = None
+    #: Shapes of every group's parameters when it joined; None where a lazy one had none.
+    shapes: list[list[tuple[int, ...]] | None] = field(default_factory=list)
     #: Whether parameters are DTensors, and what their shards need of other ranks.
     distributed: bool = False
     shards: Shards | None = None

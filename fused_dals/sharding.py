@@ -83,6 +83,20 @@ def why_not_sharded(param: Tensor) -> str:
     return ""
 
 
+def why_flattened(param: Tensor, position: int, known: Sequence[tuple[int, ...]] | None) -> str:
+    """Why a parameter is no tensor of the model: it has replaced one of another shape, and has a single dimension.
+
+    ``known``: the shapes of its group's parameters when the group joined, None where they are not known.
+    """
+    if known is None or position >= len(known) or param.dim() != 1 or tuple(param.shape) in known:
+        return ""
+    return (
+        f"it is a buffer of {param.numel()} elements where a parameter of shape {known[position]} was. DeepSpeed's "
+        "ZeRO and Megatron's distributed optimizer join and cut tensors whose norms the trust ratio needs; use "
+        "fully_shard (FSDP2), or fused_dals.zero.ZeroDALS with DistributedDataParallel"
+    )
+
+
 def _megatron_ranks() -> int:
     """Ranks of Megatron's tensor parallel group; 0 where Megatron cannot be asked."""
     parallel_state: Any = sys.modules.get("megatron.core.parallel_state")

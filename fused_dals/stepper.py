@@ -49,7 +49,7 @@ class Stepper:
         if grad_scale is not None:
             own_gradients(self.groups)
         steady = self._resume()
-        batches = [] if steady else gather(self.groups, self.state)
+        batches = [] if steady else gather(self.groups, self.state, runtime.shapes)
         if not steady:
             self._check_memory(batches)
             runtime.distributed = any(is_distributed_tensor(owner) for batch in batches for owner in batch.owners)

@@ -271,6 +271,34 @@ def test_other_frameworks_shards_are_refused(attribute: str, word: str) -> None:
     assert why_not_sharded(model.weight) == ""
 
 
+def test_flattened_buffers_are_refused() -> None:
+    """What DeepSpeed's ZeRO-1 and 2 and Megatron's distributed optimizer do to the groups of an optimizer."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for cut in ([slice(0, 26)], [slice(0, 9), slice(9, 13)]):
+        optimizer = DALS(model)
+        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+        before = flat.clone()
+        parts = [nn.Parameter(flat[some]) for some in cut]
+        for p in parts:
+            p.grad = torch.ones_like(p)
+        optimizer.param_groups[0]["params"] = parts
+        with pytest.raises(RuntimeError, match=r"where a parameter of shape .* was\. DeepSpeed's ZeRO and Megatron's"):
+            optimizer.step(loss=1.0)
+        assert torch.equal(flat, before) and not optimizer.state
+
+
+def test_parameters_that_are_left_out_or_added_are_no_flattened_buffers() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = DALS(model)
+    added = nn.Parameter(torch.ones(17))
+    optimizer.param_groups[0]["params"] = [model[0].bias, model[1].weight, model[1].bias, model[0].weight, added]
+    for p in (*model.parameters(), added):
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="param_names has 4 entries for 5 parameters"):
+        optimizer.step(loss=1.0)
+    assert len(optimizer.state) == 5
+
+
 # -- arithmetic -----------------------------------------------------------------------------------------------------
 
 

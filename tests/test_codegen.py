@@ -49,13 +49,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Machin
 
 def passes(compiled: list[tuple[str, MachineCode]], *targets: str) -> Iterator[MachineCode]:
     chosen = [code for _, code in compiled if code.kernel == "fused_pass" and code.target in targets]
-    assert len(chosen) == 10 * len(targets), "five kinds of tensors, with stage A writing and only reading"
+    assert len(chosen) == 12 * len(targets), "six kinds of tensors, with stage A writing and only reading"
     yield from chosen
 
 
 def test_all_variants_compile_for_all_targets(compiled: list[tuple[str, MachineCode]]) -> None:
     assert {code.target for _, code in compiled} == set(TARGETS)
-    assert {code.kernel for _, code in compiled} == {"fused_pass", "grad_scan", "prologue"}
+    assert {code.kernel for _, code in compiled} == {"fused_pass", "grad_scan", "prologue", "ratios_of_norms"}
 
 
 def test_nothing_spills_and_registers_stay_in_bounds(compiled: list[tuple[str, MachineCode]]) -> None:

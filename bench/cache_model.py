@@ -1,0 +1,179 @@
+"""What the fused pass moves to and from memory, PREDICTED: its work list replayed through a model of the L2 cache.
+
+The cache is fully associative, replaces what was used least recently, and holds all of a chunk's tensors or none: p, g,
+h and m of 4096 float32 elements are 64 KiB of some 50 MB. Programs draw items in ticket order; an item takes as long
+as it has bytes to move, stage B no less where it finds them in the cache, and waits for its tensor's last stage A item.
+So the order in which memory is touched is that of the items' starts. The cache is empty when the step begins, as a
+backward pass leaves it. What is written is written back once: no tensor is written twice in a step.
+
+Not in the model: sets and hashes of addresses, halves of an L2 that may hold a line twice, sectors, the tables (2 bytes
+per 1000 parameters), and that a hit is faster than a miss. The first two are why a smaller cache should be tried too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from heapq import heapreplace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.byte_table import Dtypes, item_sizes, least_bytes, uncached_bytes
+from fused_dals import buckets
+from fused_dals.buckets import CHUNK
+from fused_dals.kernels import layout
+from fused_dals.worklist import packed_work_list
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """A launch of the pass; ``window`` in chunks. ``programs`` run at a time; ``evict_first``: data that the pass does
+    not need again is marked so and leaves the cache at once."""
+
+    sizes: tuple[int, ...]
+    dtypes: Dtypes
+    window: int
+    chunk: int = CHUNK
+    stage_a_writes: bool = True
+    evict_first: bool = False
+    programs: int = 1
+
+    def coarser(self, most_chunks: int) -> PassPlan:
+        """The same in fewer, larger chunks: quicker to replay, the blur of a few of them."""
+        factor = -(-sum(self.sizes) // (self.chunk * most_chunks))
+        if factor <= 1:
+            return self
+        programs = max(1, round(self.programs / factor))
+        return replace(self, chunk=factor * self.chunk, window=self.window // factor, programs=programs)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one step moves. ``waiting``: share of the programs' time that they spend waiting for a trust ratio."""
+
+    parameters: int
+    memory_bytes: int
+    waiting: float
+
+    @property
+    def per_parameter(self) -> float:
+        return self.memory_bytes / max(1, self.parameters)
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The work list in columns; ``place`` counts chunks over all tensors."""
+
+    tensor: list[int]
+    stage: list[int]
+    place: list[int]
+    elements: list[int]
+    tensors: int
+    places: int
+
+
+def bounds(plan: PassPlan) -> tuple[int, int]:
+    """Bytes per parameter with a cache that holds everything, and with none."""
+    sizes = item_sizes(plan.dtypes)
+    return least_bytes(*sizes), uncached_bytes(*sizes, plan.stage_a_writes)
+
+
+def window_chunks(share: float, l2_bytes: int, dtypes: Dtypes, chunk: int = CHUNK) -> int:
+    """A window that is this share of the L2 cache, in chunks; an infinite one puts all A before all B."""
+    if math.isinf(share):
+        return int(layout.CHUNK_MASK)
+    return buckets.window_chunks(share, l2_bytes, *item_sizes(dtypes), chunk)
+
+
+def predict(plan: PassPlan, *cache_bytes: int) -> list[Traffic]:
+    """Replay a plan's work list through caches of these sizes."""
+    items = _items(plan)
+    order, waiting = _in_order_of_starts(plan, items)
+    least, uncached = bounds(plan)
+    parameters = sum(plan.sizes)
+    missed = (_missed_elements(plan, items, order, size) for size in cache_bytes)
+    return [Traffic(parameters, least * parameters + (uncached - least) * lost, waiting) for lost in missed]
+
+
+def _items(plan: PassPlan) -> _Items:
+    chunks = np.array([-(-size // plan.chunk) for size in plan.sizes], dtype=np.int64)
+    packed: Integers = packed_work_list(chunks.tolist(), plan.window).numpy()
+    tensor = packed >> layout.TENSOR_SHIFT
+    chunk = (packed >> 1) & layout.CHUNK_MASK
+    first = np.concatenate([[0], np.cumsum(chunks)])
+    elements = np.minimum(plan.chunk, np.array(plan.sizes, dtype=np.int64)[tensor] - chunk * plan.chunk)
+    columns: tuple[Integers, ...] = (tensor, packed & 1, first[tensor] + chunk, elements)
+    tensors, stages, places, counts = (column.tolist() for column in columns)
+    return _Items(tensors, stages, places, counts, len(chunks), int(first[-1]))
+
+
+def _item_bytes(plan: PassPlan) -> tuple[int, int]:
+    """Bytes per element that an item of stage A, and one of stage B, reads and writes."""
+    p, g, state = item_sizes(plan.dtypes)
+    if plan.stage_a_writes:
+        return p + g + 4 * state, 2 * p + state
+    return p + g + state, 2 * p + g + 4 * state
+
+
+def _in_order_of_starts(plan: PassPlan, items: _Items) -> tuple[Sequence[int], float]:
+    """Tickets in the order in which programs begin their work, and the share of time spent waiting."""
+    if plan.programs == 1:
+        return range(len(items.tensor)), 0.0
+    costs = _item_bytes(plan)
+    free = [0] * plan.programs
+    ready = [0] * items.tensors
+    starts, waited, worked = [], 0, 0
+    for tensor, stage, elements in zip(items.tensor, items.stage, items.elements, strict=True):
+        start, taken = free[0], costs[stage] * elements
+        if stage and ready[tensor] > start:
+            waited += ready[tensor] - start
+            start = ready[tensor]
+        end = start + taken
+        heapreplace(free, end)
+        if not stage and end > ready[tensor]:
+            ready[tensor] = end
+        worked += taken
+        starts.append(start)
+    order: Any = np.argsort(np.array(starts, dtype=np.int64), kind="stable")
+    return order.tolist(), waited / max(1, waited + worked)
+
+
+def _missed_elements(plan: PassPlan, items: _Items, order: Sequence[int], cache_bytes: int) -> int:
+    """Elements whose tensors stage B has to fetch again.
+
+    The cache is a queue of records in the order of their last use; what is used again, or evicted, leaves a record of
+    less or no bytes behind.
+    """
+    p, g, state = item_sizes(plan.dtypes)
+    # What stage B reads again, what only A touches, what only B touches.
+    again, only_a, only_b = (p + state, g + state, 0) if plan.stage_a_writes else (p + g + state, 0, state)
+    left_by_a = again if plan.evict_first else again + only_a
+    left_by_b = 0 if plan.evict_first else again + only_b
+    held: list[int] = []
+    record_of = [0] * items.places
+    oldest = used = missed = 0
+    stages, places, elements_of = items.stage, items.place, items.elements
+    for ticket in order:
+        place, elements = places[ticket], elements_of[ticket]
+        if stages[ticket]:
+            record = record_of[place]
+            if record >= oldest:
+                held[record] -= again * elements
+                used -= again * elements
+            else:
+                missed += elements
+            size = left_by_b * elements
+        else:
+            record_of[place] = len(held)
+            size = left_by_a * elements
+        held.append(size)
+        used += size
+        while used > cache_bytes:
+            used -= held[oldest]
+            oldest += 1
+    return missed

@@ -1,0 +1,209 @@
+"""The cache model of the fused pass: cases by hand, bounds, order in all that it depends on; and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import traffic
+from bench.__main__ import main
+from bench.byte_table import STEP_DTYPES, least_bytes, uncached_bytes
+from bench.cache_model import PassPlan, Traffic, bounds, predict, window_chunks
+from bench.shapes import SHAPES
+from bench.traffic import Cell, ShareScore, best_share, cells_of, scores_of
+from fused_dals.buckets import WINDOW_SHARE_OF_L2
+from fused_dals.worklist import STAGE_A, work_list
+
+FP32 = STEP_DTYPES["fp32"]
+RESULTS = Path("bench/results/traffic.json")
+
+
+def plan(sizes: list[int], window: int = 0, chunk: int = 10, **options: Any) -> PassPlan:
+    return PassPlan(tuple(sizes), options.pop("dtypes", FP32), window, chunk, **options)
+
+
+def traffic_of(replayed: PassPlan, cache: int) -> Traffic:
+    (found,) = predict(replayed, cache)
+    return found
+
+
+def test_the_byte_table() -> None:
+    """The table of the design: the least, and what stage B reads again where nothing is left in the cache."""
+    assert [least_bytes(*(d.itemsize for d in dtypes)) for dtypes in STEP_DTYPES.values()] == [28, 22, 14]
+    for writes, expected in ((False, [40, 30, 20]), (True, [36, 28, 18])):
+        found = [uncached_bytes(*(d.itemsize for d in dtypes), writes) for dtypes in STEP_DTYPES.values()]
+        assert found == expected
+
+
+def test_one_tensor_by_hand() -> None:
+    """Three chunks of 10 float32 elements, 160 bytes a chunk of which stage B needs 80 again, newest first."""
+    tensor = plan([30])
+    assert traffic_of(tensor, 480).memory_bytes == 30 * 28  # all of it stays
+    # 319 bytes hold one chunk, whose p and m B finds, and then what B touches.
+    assert traffic_of(tensor, 319).memory_bytes == 30 * 28 + 20 * 8
+    assert traffic_of(tensor, 0).memory_bytes == 30 * 36
+    # With marks 80 bytes a chunk are kept.
+    marked = plan([30], evict_first=True)
+    assert traffic_of(marked, 240).memory_bytes == 30 * 28
+    assert traffic_of(marked, 239).memory_bytes == 30 * 28 + 10 * 8
+    # Where A only reads, 120 bytes a chunk; B finds the last chunk, adds its m, and has no room for the other two.
+    reads = plan([30], stage_a_writes=False)
+    assert traffic_of(reads, 360).memory_bytes == 30 * 28 + 20 * 12 - 10 * 12
+    assert traffic_of(reads, 399).memory_bytes == 30 * 28 + 10 * 12
+    assert traffic_of(reads, 440).memory_bytes == 30 * 28
+
+
+def test_a_tail_counts_its_elements() -> None:
+    assert traffic_of(plan([25]), 0).memory_bytes == 25 * 36
+    assert traffic_of(plan([25]), 10**6).memory_bytes == 25 * 28
+    # The tail's 5 elements are the newest: 80 bytes hold them alone.
+    assert traffic_of(plan([25]), 80).memory_bytes == 25 * 28 + 20 * 8
+
+
+def test_a_window_lets_the_second_tensor_push_the_first_out() -> None:
+    sizes = [20, 20]
+    assert traffic_of(plan(sizes, window=0), 320).memory_bytes == 40 * 28
+    # A0 A1 B0 B1: when B0 begins, the cache holds tensor 1, which B0 pushes out in turn.
+    assert traffic_of(plan(sizes, window=4), 320).memory_bytes > 40 * 28
+
+
+def test_empty_lists_and_tensors() -> None:
+    assert traffic_of(plan([]), 100).memory_bytes == 0 and traffic_of(plan([]), 100).per_parameter == 0
+    assert traffic_of(plan([0, 10, 0]), 10**6).memory_bytes == 280
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_waiting(programs: int) -> None:
+    """One program never waits; of three that share one chunk's tensors, two do."""
+    found = traffic_of(plan([10, 10], programs=programs), 10**6)
+    assert (found.waiting > 0) == (programs > 1)
+    wide = traffic_of(plan([10] * 60, window=30, programs=programs), 10**6)
+    assert wide.waiting <= found.waiting
+
+
+def least_recently_used(replayed: PassPlan, cache: int) -> int:
+    """The same for one program, written down again: a dictionary of every tensor's chunks."""
+    p, g, state = (dtype.itemsize for dtype in replayed.dtypes)
+    size = {"p": p, "g": g, "h": state, "m": state}
+    reads_b = "pm" if replayed.stage_a_writes else "pghm"
+    held: OrderedDict[tuple[int, int, str], int] = OrderedDict()
+    moved = 0
+    chunks = [-(-n // replayed.chunk) for n in replayed.sizes]
+    for tensor, chunk, stage in work_list(chunks, replayed.window):
+        elements = min(replayed.chunk, replayed.sizes[tensor] - chunk * replayed.chunk)
+        names = reads_b if stage != STAGE_A else "ghpm" if replayed.stage_a_writes else "pgh"
+        # Of one item's tensors, what is not needed again goes first; the model keeps or drops an item as a whole.
+        for name in names:
+            key = tensor, chunk, name
+            if key not in held:
+                moved += size[name] * elements
+            held[key] = size[name] * elements
+            held.move_to_end(key)
+        while sum(held.values()) > cache:
+            held.popitem(last=False)
+    written = sum(replayed.sizes) * (p + 2 * state)
+    return moved + written
+
+
+lists = st.lists(st.integers(0, 200), max_size=8)
+
+
+@given(lists, st.integers(0, 30), st.sampled_from(list(STEP_DTYPES)), st.booleans(), st.integers(0, 4000))
+@settings(max_examples=150, deadline=None)
+def test_against_a_plain_lru(sizes: list[int], window: int, dtypes: str, writes: bool, cache: int) -> None:
+    """Up to the item that straddles the end of the cache, which the model drops as a whole."""
+    replayed = plan(sizes, window, dtypes=STEP_DTYPES[dtypes], stage_a_writes=writes)
+    found, true = traffic_of(replayed, cache).memory_bytes, least_recently_used(replayed, cache)
+    item = 16 * 10
+    assert least_recently_used(replayed, cache + item) <= found <= least_recently_used(replayed, max(0, cache - item))
+    assert abs(found - true) <= 0.5 * max(found, true)
+
+
+@given(
+    lists, st.integers(0, 30), st.sampled_from(list(STEP_DTYPES)), st.booleans(), st.booleans(), st.integers(1, 9)
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_within_bounds_and_falling_with_the_cache(
+    sizes: list[int], window: int, dtypes: str, writes: bool, marks: bool, programs: int
+) -> None:
+    replayed = plan(
+        sizes, window, dtypes=STEP_DTYPES[dtypes], stage_a_writes=writes, evict_first=marks, programs=programs
+    )
+    least, uncached = bounds(replayed)
+    found = predict(replayed, 0, 500, 1000, 2000, 5000, 10**9)
+    moved = [traffic.memory_bytes for traffic in found]
+    assert moved == sorted(moved, reverse=True)
+    assert moved[0] <= uncached * sum(sizes) and moved[-1] == least * sum(sizes)
+    assert all(0 <= traffic.waiting < 1 for traffic in found)
+    if programs == 1 and sizes:
+        assert all(traffic.waiting == 0 for traffic in found)
+
+
+@pytest.mark.parametrize(("model", "writes"), [("vit_l_16", True), ("gpt2", False)])
+def test_coarser_chunks_change_little(model: str, writes: bool) -> None:
+    sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
+    fine = PassPlan(sizes, FP32, window_chunks(0.5, 50 << 20, FP32), stage_a_writes=writes, programs=264)
+    coarse = fine.coarser(15_000)
+    assert coarse.chunk > fine.chunk
+    one, other = (traffic_of(replayed, 30_000_000) for replayed in (fine, coarse))
+    assert one.per_parameter == pytest.approx(other.per_parameter, rel=0.01)
+    assert one.waiting == pytest.approx(other.waiting, abs=0.015)
+
+
+def test_windows_in_chunks() -> None:
+    assert window_chunks(0.5, 50 << 20, FP32) == 400
+    assert window_chunks(0, 50 << 20, FP32) == 0
+    assert window_chunks(math.inf, 50 << 20, FP32) > 10**9
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_window_in_use_follows_from_the_predictions() -> None:
+    """The committed predictions are those of the present code, and the default window follows from them."""
+    record = json.loads(RESULTS.read_text())
+    scores = [
+        ShareScore(**{**row, "window_share": math.inf if row["window_share"] is None else row["window_share"]})
+        for row in record["windows"]
+    ]
+    assert {score.gpu for score in scores} == set(traffic.GPUS)
+    assert best_share(scores) == record["best_window_share"] == WINDOW_SHARE_OF_L2
+    modes = list(cells_of("H100", [("resnet50", "fp32")], list(traffic.MODES), [WINDOW_SHARE_OF_L2], 50_000, lambda: 0))
+    saved = [Cell(**row) for row in record["modes"] if (row["model"], row["dtypes"]) == ("resnet50", "fp32")]
+    assert modes == saved
+
+
+def test_scores_are_means_and_losses_are_against_the_best_window() -> None:
+    def cell(share: float, model: str, predicted: float, waiting: float) -> Cell:
+        return Cell("A100", 0.9, model, "fp32", "A writes h and m", share, predicted, waiting, 28, 36)
+
+    found = scores_of([cell(0, "a", 28, 0.5), cell(0, "b", 35, 0), cell(1, "a", 29.4, 0), cell(1, "b", 35, 0)])
+    assert [score.window_share for score in found] == [0, 1]
+    assert found[0].excess == pytest.approx(1.125) and found[0].waiting == 0.25
+    assert [score.worst_loss for score in found] == pytest.approx([1, 1.05])
+    assert [score.slowness for score in found] == pytest.approx([1.625, 1.15])
+    assert best_share(found) == 1
+    # Of windows that are as fast the one that risks less.
+    equal = [ShareScore("A100", 0.9, 0, 1.0, 1.0, 0.1, 1.104), ShareScore("A100", 0.9, 1, 1.1, 1.1, 0.0, 1.1)]
+    assert best_share(equal) == 0
+    assert best_share([equal[1], ShareScore("A100", 0.9, 0, 1.0, 1.0, 0.1, 1.11)]) == 1
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    monkeypatch.setitem(SHAPES, "resnet50", lambda: iter([("a", (5000, 40)), ("b", (7,))]))
+    out = tmp_path / "deeper" / "traffic.json"
+    assert main(["traffic", "--shapes", "resnet50", "--gpus", "L4", "A100", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "PREDICTED" in printed and "resnet50" in printed and "all A first" in printed
+    record = json.loads(out.read_text())
+    assert record["predicted"] is True and len(record["modes"]) == 3 * 3 * 2
+    assert len(record["windows"]) == 2 * 2 * len(traffic.WINDOW_SHARES)
+    assert {row["predicted"] for row in record["modes"] if row["dtypes"] == "fp32"} == {28.0}

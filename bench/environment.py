@@ -1,12 +1,22 @@
 """What a result depends on besides the code: machine, versions, threads, date."""
 
+from __future__ import annotations
+
 import platform
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import fused_dals
+
+if TYPE_CHECKING:
+    from bench.machine import Machine
+
+#: Packages whose version a result depends on, besides torch; None where one is not installed.
+PACKAGES = ("triton", "numpy", "torch-optimi", "flashoptim", "pytorch_optimizer", "bitsandbytes")
 
 
 def cpu_model() -> str:
@@ -30,3 +40,15 @@ def describe(threads: int) -> dict[str, str | int]:
         "torch": torch.__version__,
         "fused_dals": fused_dals.__version__,
     }
+
+
+def of_machine(machine: Machine) -> dict[str, Any]:
+    """The machine and the versions of everything that matters."""
+    host = describe(torch.get_num_threads())
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {**host, "cpu": host["device"], **versions, **machine.describe(), "kernel": platform.release()}

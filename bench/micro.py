@@ -1,33 +1,58 @@
-"""``python -m bench micro``: time one optimizer step, all contenders side by side."""
+"""``python -m bench micro``: time one optimizer step, all contenders side by side, on a GPU or on the CPU."""
+
+from __future__ import annotations
 
 import argparse
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import environment, extras
-from bench.contenders import BASELINE, CONTENDERS
+from bench import environment, extras, record
+from bench.byte_table import STEP_DTYPES, Dtypes
+from bench.compiled import CompileBudget, compiled_contender
+from bench.contenders import (
+    BASELINE,
+    COMPILED,
+    LOOP,
+    Contender,
+    dals_contenders,
+    in_graphs,
+    loop_contender,
+    torch_contenders,
+)
+from bench.machine import Machine, find_machine
+from bench.peers import peer_contenders
 from bench.shapes import SHAPES
-from bench.table import format_table
-from bench.timing import WARMUP_ROUNDS, Summary, measure, summarize
+from bench.step_table import notes, steps_text
+from bench.timing import WARMUP_STEPS, StepRow, time_contenders
+
+#: Samples of the copy bandwidth before each list of tensors; the best of the run counts.
+COPY_SAMPLES = 5
+SEED = 0
+QUICK = ("resnet50",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench micro",
-        description="Time one optimizer step on the CPU (fp32): all contenders in one process, one "
-        f"step each in turn. Times are in milliseconds, after {WARMUP_ROUNDS} warm-up rounds. "
-        "Memory: about 20 times the parameters (gpt2: 10 GB).",
+        description="Time one optimizer step: all contenders in one process on the same tensors, one sample each in "
+        f"turn, after {WARMUP_STEPS} steps of warm-up. A contender that is missing, fails or does not fit into memory "
+        "is a line that says why.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["resnet50"], help="parameter lists")
-    parser.add_argument("--repeats", type=int, default=20, help="timed steps per contender")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=["all", *SHAPES], default=None, help="parameter lists; None: all on a GPU, "
+        "resnet50 on a CPU",
+    )  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", choices=STEP_DTYPES, default=list(STEP_DTYPES))
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these; None: all")
+    parser.add_argument("--repeats", type=int, default=20, help="samples per contender")
+    parser.add_argument("--compile-seconds", type=float, default=120.0, help="for torch.compile, in all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results, after each list anew")
     return parser
 
 
@@ -37,52 +62,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("repeats", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    extras.require("tqdm")
-    from tqdm import tqdm
-
+    extras.require("tqdm", "numpy")
     torch.set_num_threads(args.threads)
-    results = []
-    total = len(args.shapes) * len(CONTENDERS) * (WARMUP_ROUNDS + args.repeats)
-    with tqdm(total=total, unit="step") as bar:
-        for model in args.shapes:
-            bar.set_description(model)
-            shapes = list(SHAPES[model]())
-            parameters = sum(math.prod(shape) for _, shape in shapes)
-            rows = summarize(measure(shapes, CONTENDERS, args.repeats, bar.update), BASELINE)
-            bar.write(f"\n{model}: {len(shapes)} tensors, {parameters:,} parameters, fp32\n")
-            bar.write(timing_table(rows))
-            results.append(
-                {
-                    "shapes": model,
-                    "tensors": len(shapes),
-                    "parameters": parameters,
-                    "dtype": "float32",
-                    "contenders": [asdict(row) for row in rows],
-                }
-            )
-    if args.json is not None:
-        record = {
-            "environment": environment.describe(args.threads),
-            "baseline": BASELINE,
-            "repeats": args.repeats,
-            "results": results,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"\nresults: {args.json}")
+    machine = find_machine()
+    shapes = args.shapes or default_shapes(machine)
+    lists = [(model, dtypes) for model in (SHAPES if "all" in shapes else shapes) for dtypes in args.dtypes]
+    budget = CompileBudget(args.compile_seconds, args.compile_seconds)
+    run(machine, lists, args.repeats, args.contenders, budget, args.json)
     return 0
 
 
-def timing_table(rows: Sequence[Summary]) -> str:
-    """Times in milliseconds and the median ratio to the baseline; failures below the table."""
-    cells, failures = [], []
-    for row in rows:
-        if row.time_s is None:
-            failures.append(f"{row.contender} failed: {row.error}")
-            continue
-        spread = row.time_s
-        times = [f"{1e3 * value:.1f}" for value in (spread.median, spread.p10, spread.p90)]
-        ratio = "-" if row.ratio is None else f"{row.ratio.median:.2f}"
-        cells.append([row.contender, *times, ratio])
-    header = ["contender", "median ms", "p10 ms", "p90 ms", f"x {BASELINE}"]
-    return "\n".join([format_table(header, cells), *failures])
+def default_shapes(machine: Machine) -> list[str]:
+    """All lists on a GPU, one on a CPU."""
+    return list(SHAPES) if machine.queues_work else list(QUICK)
+
+
+def run(
+    machine: Machine,
+    lists: Sequence[tuple[str, str]],
+    repeats: int,
+    only: Sequence[str] | None,
+    budget: CompileBudget,
+    path: Path | None,
+) -> list[StepRow]:
+    """Time the lists of (model, dtypes) one after the other; prints tables, saves after each."""
+    from tqdm import tqdm
+
+    described = environment.of_machine(machine)
+    print(", ".join(f"{key} {value}" for key, value in described.items()) + "\n")
+    rows: list[StepRow] = []
+    copies: list[float] = []
+    with tqdm(total=len(lists), unit="list") as lists_bar:
+        for model, name in lists:
+            shapes = list(SHAPES[model]())
+            contenders = contenders_of(STEP_DTYPES[name], len(shapes), machine, budget)
+            if only is not None:
+                contenders = {chosen: contenders[chosen] for chosen in contenders if chosen in only}
+            copies += [machine.copy_bandwidth() for _ in range(COPY_SAMPLES)]
+            lists_bar.set_description(f"{model} {name}")
+            with tqdm(total=len(contenders) * (repeats + 1), unit="sample", leave=False) as bar:
+                found = time_contenders(
+                    machine, model, STEP_DTYPES[name], name, shapes, contenders, repeats, SEED,
+                    count_launches=True, after_each=bar.update,
+                )  # fmt: skip
+            rows += found
+            lists_bar.write(steps_text(found, max(copies)))
+            lists_bar.update()
+            if path is not None:
+                record.save(path, record_of(described, repeats, copies, rows))
+    print(notes(machine.queues_work))
+    if path is not None:
+        print(f"\nresults: {path}")
+    return rows
+
+
+def contenders_of(dtypes: Dtypes, tensors: int, machine: Machine, budget: CompileBudget) -> dict[str, Contender]:
+    """Everybody; on a GPU ours and torch's in CUDA graphs, too."""
+    plain = {**torch_contenders(dtypes), **dals_contenders(dtypes), LOOP: loop_contender(dtypes)}
+    graphs = in_graphs(plain, machine) if machine.queues_work else {}
+    compiled = {COMPILED: compiled_contender(dtypes, tensors, budget)}
+    return {**plain, **compiled, **graphs, **peer_contenders(dtypes, machine.device)}
+
+
+def record_of(
+    described: dict[str, Any], repeats: int, copies: Sequence[float], rows: Sequence[StepRow]
+) -> dict[str, Any]:
+    """Everything, ready for JSON."""
+    return {
+        "environment": described,
+        "settings": {"repeats": repeats, "baseline": BASELINE, "seed": SEED},
+        "copy_bytes_per_s": {"best": max(copies, default=None), "samples": list(copies)},
+        "steps": [asdict(row) for row in rows],
+    }

@@ -1,4 +1,4 @@
-"""Parameter lists of well-known models, as names and shapes; no model library needed."""
+"""Parameter lists of well-known models and two extremes, as names and shapes; no model library needed."""
 
 from collections.abc import Callable, Iterator
 
@@ -125,6 +125,16 @@ def llama_7b() -> Iterator[NamedShape]:
     return _llama(4096, 11008, 32, 4096)
 
 
+def one_huge() -> Iterator[NamedShape]:
+    """One tensor of 1e9 elements."""
+    yield "weight", (1_000_000_000,)
+
+
+def many_tiny() -> Iterator[NamedShape]:
+    """Ten thousand tensors of 64 elements."""
+    yield from ((f"layer{i}.weight", (64,)) for i in range(10_000))
+
+
 def _dense(name: str, weight: tuple[int, ...], outputs: int | None = None) -> Iterator[NamedShape]:
     """Weight and bias; a weight has its outputs first unless they are given."""
     yield f"{name}.weight", weight
@@ -145,4 +155,6 @@ SHAPES: dict[str, Callable[[], Iterator[NamedShape]]] = {
     "gpt2_xl": gpt2_xl,
     "llama_1b": llama_1b,
     "llama_7b": llama_7b,
+    "one_huge": one_huge,
+    "many_tiny": many_tiny,
 }

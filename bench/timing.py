@@ -1,5 +1,8 @@
-"""Side-by-side timing of optimizer steps, and the statistics drawn from it."""
+"""Step times: contenders side by side on one set of tensors, on any machine; device time and host time apart."""
 
+from __future__ import annotations
+
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,20 +10,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from bench.contenders import Factory, NamedParameter, Step
+from bench.byte_table import Dtypes
+from bench.contenders import Contender, NamedParameter, Step
+from bench.machine import Machine
 from bench.shapes import NamedShape
 
-WARMUP_ROUNDS = 3
-SEED = 0
-
-
-@dataclass
-class Timing:
-    """One contender's samples in seconds; `error` says why it has none or was left out."""
-
-    contender: str
-    seconds: list[float] = field(default_factory=list)
-    error: str | None = None
+WARMUP_STEPS = 3
+#: A sample is several steps back to back: about so much device time, and at most so much host time.
+SAMPLE_DEVICE_S, SAMPLE_HOST_S, MOST_STEPS = 5e-3, 10e-3, 20
+#: Share of the free memory that contenders may fill.
+MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -32,86 +31,199 @@ class Spread:
     p90: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
+    def of(cls, values: Sequence[float]) -> Spread:
         p10, median, p90 = np.percentile(values, (10, 50, 90)).tolist()
         return cls(median, p10, p90)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One contender's times, and their ratios to the baseline taken round by round."""
+@dataclass
+class StepRow:
+    """One contender's step on one list of tensors; `error` says why it has no figures.
 
-    contender: str
-    time_s: Spread | None
-    ratio: Spread | None
-    samples_s: list[float]
-    error: str | None
-
-
-def make_parameters(shapes: Sequence[NamedShape], seed: int) -> list[NamedParameter]:
-    """Random fp32 parameters without gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    return [(name, torch.nn.Parameter(0.02 * torch.randn(shape, generator=generator))) for name, shape in shapes]
-
-
-def measure(
-    shapes: Sequence[NamedShape],
-    contenders: Mapping[str, Factory],
-    repeats: int,
-    on_step: Callable[[], object],
-) -> list[Timing]:
-    """Time every contender once per round, so that drift of the machine hits all alike.
-
-    Each contender has parameters and state of its own. The gradients are shared, because no
-    optimizer here writes to them. A contender that fails is left out from then on.
+    Where nothing is queued, device time is the host's own, and there is no host time beside it.
     """
-    gradients = [parameter.detach() for _, parameter in make_parameters(shapes, SEED + 1)]
-    timings = [Timing(name) for name in contenders]
-    steps: dict[str, Step] = {}
-    for timing in timings:
-        named = make_parameters(shapes, SEED)
-        for (_, parameter), gradient in zip(named, gradients, strict=True):
-            parameter.grad = gradient
-        try:
-            steps[timing.contender] = contenders[timing.contender](named)
-        except Exception as error:
-            timing.error = _one_line(error)
-    for round_index in range(WARMUP_ROUNDS + repeats):
-        for timing in timings:
-            if timing.error is None:
-                try:
-                    seconds = time_step(steps[timing.contender])
-                except Exception as error:
-                    timing.error = _one_line(error)
-                    del steps[timing.contender]
-                else:
-                    if round_index >= WARMUP_ROUNDS:
-                        timing.seconds.append(seconds)
-            on_step()
-    return timings
+
+    model: str
+    dtypes: str
+    contender: str
+    tensors: int
+    parameters: int
+    bytes_per_parameter: float
+    side_by_side: bool
+    steps_per_sample: int = 0
+    device_samples_s: list[float] = field(default_factory=list)
+    host_samples_s: list[float] = field(default_factory=list)
+    device_s: Spread | None = None
+    host_s: Spread | None = None
+    bytes_per_s: float | None = None
+    peak_extra_bytes: int | None = None
+    launches: int | None = None
+    error: str | None = None
 
 
-def time_step(step: Step) -> float:
-    """Wall-clock seconds of one step on the CPU."""
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def make_parameters(
+    shapes: Sequence[NamedShape], dtypes: Dtypes, device: torch.device, seed: int
+) -> list[NamedParameter]:
+    """Random parameters with random gradients."""
+    generator = torch.Generator(device).manual_seed(seed)
+    named = []
+    for name, shape in shapes:
+        values = torch.empty(shape, dtype=dtypes[0], device=device).normal_(0, 0.02, generator=generator)
+        parameter = torch.nn.Parameter(values)
+        gradient = torch.empty(shape, dtype=dtypes[1], device=device).normal_(0, 0.02, generator=generator)
+        parameter.grad = gradient
+        named.append((name, parameter))
+    return named
+
+
+def host_seconds(machine: Machine, step: Step) -> float:
+    """Host time of one step into an empty queue."""
+    machine.wait()
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def host_sample(machine: Machine, step: Step, samples: int) -> list[float]:
+    found = [host_seconds(machine, step) for _ in range(samples)]
+    machine.wait()
+    return found
 
 
-def summarize(timings: Sequence[Timing], baseline: str) -> list[Summary]:
-    """Medians and percentiles; no ratios where the contender or the baseline failed."""
-    reference = next((t.seconds for t in timings if t.contender == baseline and not t.error), None)
-    summaries = []
-    for timing in timings:
-        time_s = ratio = None
-        if timing.error is None:
-            time_s = Spread.of(timing.seconds)
-            if reference is not None:
-                pairs = zip(timing.seconds, reference, strict=True)
-                ratio = Spread.of([own / other for own, other in pairs])
-        summaries.append(Summary(timing.contender, time_s, ratio, timing.seconds, timing.error))
-    return summaries
+class Sampler:
+    """Takes samples of one step, the device's queue kept filled: the lead is work that the host's time hides behind."""
+
+    def __init__(self, machine: Machine, step: Step) -> None:
+        self.machine, self.step = machine, step
+        for _ in range(WARMUP_STEPS):
+            step()
+        self.host_s = min(host_sample(machine, step, 3))
+        self.steps = 1
+        device_s = self.sample() if machine.queues_work else self.host_s
+        wanted = min(SAMPLE_DEVICE_S / max(device_s, 1e-9), SAMPLE_HOST_S / max(self.host_s, 1e-9), MOST_STEPS)
+        self.steps = max(1, math.floor(wanted))
+
+    def sample(self) -> float:
+        """Device seconds per step."""
+
+        def steps() -> None:
+            for _ in range(self.steps):
+                self.step()
+
+        return self.machine.seconds(steps, lead_s=1.5 * self.steps * self.host_s) / self.steps
+
+
+def needed_bytes(shapes: Sequence[NamedShape], dtypes: Dtypes, contender: Contender) -> float:
+    """Memory that parameters, gradients and one contender take at most, by its own estimate."""
+    sizes = [math.prod(shape) for _, shape in shapes]
+    everywhere = dtypes[0].itemsize + dtypes[1].itemsize + contender.state + contender.scratch
+    return sum(sizes) * everywhere + max(sizes, default=0) * contender.tensor_scratch
+
+
+def time_contenders(
+    machine: Machine,
+    model: str,
+    dtypes: Dtypes,
+    dtypes_name: str,
+    shapes: Sequence[NamedShape],
+    contenders: Mapping[str, Contender],
+    samples: int,
+    seed: int,
+    *,
+    count_launches: bool = False,
+    after_each: Callable[[], object] = lambda: None,
+) -> list[StepRow]:
+    """Time every contender once per round where all fit into memory, else one contender after the other.
+
+    All step the same parameters along the same gradients, each with state of its own. A contender that does not fit
+    into memory is a row that says so. ``after_each`` is called when a contender has been built, and after each sample.
+    """
+    parameters = sum(math.prod(shape) for _, shape in shapes)
+    free = MEMORY_SHARE * machine.free_bytes()
+    alone = {name: needed_bytes(shapes, dtypes, contender) for name, contender in contenders.items()}
+    fitting = [name for name in contenders if alone[name] <= free]
+    state = {name: parameters * contenders[name].state for name in fitting}
+    most = max((alone[name] - state[name] for name in fitting), default=0.0)
+    side_by_side = most + sum(state.values()) <= free
+    rows = {
+        name: StepRow(model, dtypes_name, name, len(shapes), parameters, c.moves, side_by_side)
+        for name, c in contenders.items()
+    }
+    for name in contenders:
+        if name not in fitting:
+            rows[name].error = f"left out: needs {alone[name] / 1e9:.3g} GB of {free / 1e9:.3g} GB"
+            for _ in range(samples + 1):
+                after_each()
+    if not fitting:
+        return list(rows.values())
+    named = make_parameters(shapes, dtypes, machine.device, seed)
+    for names in [fitting] if side_by_side else [[name] for name in fitting]:
+        group = {name: (rows[name], contenders[name]) for name in names}
+        _time_group(machine, named, group, samples, count_launches, after_each)
+        machine.release()
+    return list(rows.values())
+
+
+def _time_group(
+    machine: Machine,
+    named: Sequence[NamedParameter],
+    group: Mapping[str, tuple[StepRow, Contender]],
+    samples: int,
+    count_launches: bool,
+    after_each: Callable[[], object],
+) -> None:
+    samplers: dict[str, Sampler] = {}
+
+    def attempt(name: str, work: Callable[[], object]) -> None:
+        row, _ = group[name]
+        if row.error is None:
+            try:
+                work()
+            except Exception as error:  # whatever an optimizer, the compiler or the device raises is a row
+                row.error = one_line(error)
+        if row.error is not None:
+            samplers.pop(name, None)
+            machine.release()
+
+    def build(name: str) -> None:
+        samplers[name] = Sampler(machine, group[name][1].build(named))
+
+    for name in group:
+        attempt(name, lambda name=name: build(name))  # type: ignore[misc]
+        after_each()
+    for _ in range(samples):
+        for name in group:
+            attempt(name, lambda name=name: group[name][0].device_samples_s.append(samplers[name].sample()))  # type: ignore[misc]
+            after_each()
+    for name in list(samplers):
+        attempt(name, lambda name=name: _finish(machine, samplers[name], group[name][0], samples, count_launches))  # type: ignore[misc]
+
+
+def _finish(machine: Machine, sampler: Sampler, row: StepRow, samples: int, count_launches: bool) -> None:
+    """Host time, memory, launches, and what follows from the samples."""
+    row.steps_per_sample = sampler.steps
+    if machine.queues_work:
+        row.host_samples_s = host_sample(machine, sampler.step, samples)
+        row.host_s = Spread.of(row.host_samples_s)
+        row.peak_extra_bytes = machine.peak_bytes(sampler.step)
+        if count_launches:
+            row.launches = len(machine.launches(sampler.step))
+    row.device_s = Spread.of(row.device_samples_s)
+    row.bytes_per_s = row.bytes_per_parameter * row.parameters / row.device_s.median
+
+
+def ratios(rows: Sequence[StepRow], baseline: str) -> dict[str, Spread]:
+    """Times in units of the baseline's, taken round by round; nothing where they were not measured side by side."""
+    reference = next((row for row in rows if row.contender == baseline and row.error is None), None)
+    if reference is None or not reference.side_by_side:
+        return {}
+    found = {}
+    for row in rows:
+        if row.error is None and len(row.device_samples_s) == len(reference.device_samples_s) > 0:
+            pairs = zip(row.device_samples_s, reference.device_samples_s, strict=True)
+            found[row.contender] = Spread.of([own / other for own, other in pairs])
+    return found

@@ -16,10 +16,10 @@ pytest.importorskip("tqdm")
 if torch.cuda.is_available():
     pytest.skip("python -m bench gpu makes these checks on the device", allow_module_level=True)
 
+from bench.compiled import CompileBudget, OutOfTime
 from bench.gpu import features as gpu_features
 from bench.gpu import graphs as gpu_graphs
 from bench.gpu import small_training
-from bench.gpu.contenders import CompileBudget, OutOfTime
 from bench.gpu.correctness import Check
 from bench.gpu.features import FEATURES, features
 from bench.gpu.graphs import check_graphs

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench import extras
+from bench import environment, extras, record
 from bench.shapes import SHAPES
 
 if TYPE_CHECKING:
     from bench.gpu.jobs import Job, Scale
-    from bench.gpu.machine import Machine
+    from bench.machine import Machine
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int) -> int:
     from bench.gpu.jobs import Deadline, Results, jobs_of, run_jobs, targets_of
     from bench.gpu.machine import DeviceHung
 
-    described = report.describe(machine)
+    described = environment.of_machine(machine)
     print(", ".join(f"{key} {value}" for key, value in described.items()))
     results = Results([machine.copy_bandwidth() for _ in range(scale.copy_samples)])
     deadline = Deadline(scale.seconds)
@@ -67,7 +67,7 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int) -> int:
 
     def save(ended: str) -> None:
         if path is not None:
-            report.save(path, report.record(described, scale, results, targets_of(results, machine), ended))
+            record.save(path, report.record(described, scale, results, targets_of(results, machine), ended))
 
     with tqdm(total=len(jobs), unit="part") as bar:
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.contenders import CONTENDERS, LR, NamedParameter, Step
-from bench.gpu.contenders import ADAMW, COMPILED, FUSED, CompileBudget, contenders_for
+from bench.byte_table import Dtypes
+from bench.compiled import CompileBudget
+from bench.contenders import ADAMW, COMPILED, FUSED, LR, NamedParameter, Step, torch_contenders
+from bench.gpu.contenders import contenders_for
 from bench.gpu.correctness import Check
-from bench.gpu.driver import Dtypes
-from bench.gpu.machine import Machine
-from bench.gpu.timing import host_sample, make_parameters, one_line
-from bench.timing import Spread
+from bench.machine import Machine
+from bench.timing import Spread, host_sample, make_parameters, one_line
 from fused_dals import DALS
 
 FP32: Dtypes = (torch.float32, torch.float32, torch.float32)
@@ -202,7 +202,7 @@ def time_host(machine: Machine, count: int, groups: Sequence[int], samples: int)
         (FUSED, number): (lambda number=number: dals(number))  # type: ignore[misc]
         for number in groups
     }
-    jobs[ADAMW, 1] = lambda: CONTENDERS["AdamW fused"](named)
+    jobs[ADAMW, 1] = lambda: torch_contenders(FP32)[ADAMW].build(named)
     jobs[f"{FUSED}, gradients at new addresses each step (their assignment included)", 1] = moving_gradients
     rows = []
     for (name, number), build in jobs.items():

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.gpu.driver import SHORT_NAMES, Dtypes, PassDriver, Plan, TensorSet, even_blends, hyperparameters
-from bench.gpu.machine import Machine
+from bench.byte_table import SHORT_NAMES, Dtypes
+from bench.compiled import even_blends, hyperparameters
+from bench.gpu.driver import PassDriver, Plan, TensorSet
+from bench.machine import Machine
 from fused_dals import DALS
 from fused_dals.reference import dals_reference_
 

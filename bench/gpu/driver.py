@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fused_dals import DALS, fused
+from bench.byte_table import Dtypes
+from bench.compiled import even_blends, hyperparameters
+from fused_dals import fused
 from fused_dals.buckets import CHUNK, Bucket
 from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
 from fused_dals.loss_signal import StepLoss
 from fused_dals.run_state import RunState, StepInputs
-
-Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]
-SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,6 @@ class TensorSet:
         lists = (self.params, self.grads, self.grad_emas, self.momentum_buffers)
         p, g, h, m = ([tensors[i] for i in order] for tensors in lists)
         return TensorSet(p, g, h, m, [self.blends[i] for i in order])
-
-
-def even_blends(count: int) -> list[float]:
-    """b of tensors at evenly spaced depths."""
-    return [0.3 + 0.4 * i / max(1, count - 1) for i in range(count)]
-
-
-def hyperparameters(**overrides: Any) -> dict[str, Any]:
-    """A param group's hyperparameters; the filter is the same in every phase, so that any step repeats another."""
-    group = DALS([("w", nn.Parameter(torch.zeros(1)))]).defaults
-    return {**group, "ema_decay": (0.3, 0.3, 0.3), **overrides}
 
 
 class PassDriver:

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.byte_table import Dtypes
+from bench.compiled import CompileBudget, OutOfTime, time_limit
 from bench.contenders import LR as SMALL_LR
-from bench.gpu.contenders import CompileBudget, OutOfTime, time_limit
 from bench.gpu.correctness import Check
-from bench.gpu.driver import Dtypes
 from bench.gpu.graphs import check_graphs, exact_products
-from bench.gpu.machine import Machine
 from bench.gpu.small_training import Training, Verdict, attempt, differing, listed
-from bench.gpu.timing import Sampler, make_parameters
+from bench.machine import Machine
 from bench.shapes import SHAPES
-from bench.timing import Spread
+from bench.timing import Sampler, Spread, make_parameters
 from fused_dals import DALS
 from fused_dals.rounding import join
 from fused_dals.self_check import why_kernels_fail

@@ -11,8 +11,8 @@ import torch
 from torch.optim.lr_scheduler import ExponentialLR
 
 from bench.gpu.correctness import Check
-from bench.gpu.machine import Machine
 from bench.gpu.small_training import LR, Training, Verdict, attempt, differing, listed
+from bench.machine import Machine
 
 WARMUP_STEPS, REPLAYS = 3, 6
 #: The turn whose inputs are NaN, where non-finite steps are dropped.

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from bench.byte_table import STEP_DTYPES, Dtypes
+from bench.compiled import CompileBudget
 from bench.gpu.checks import HostRow, LaunchRow, check_waiting, count_launches, time_host
-from bench.gpu.contenders import CompileBudget, contenders_for
+from bench.gpu.contenders import contenders_for
 from bench.gpu.correctness import (
     DTYPES,
     Check,
@@ -21,20 +23,16 @@ from bench.gpu.correctness import (
     dtypes_label,
     grid,
 )
-from bench.gpu.driver import Dtypes, Plan, compile_variant
+from bench.gpu.driver import Plan, compile_variant
 from bench.gpu.features import FEATURES, KERNELS, compile_kernels, features
-from bench.gpu.machine import Machine
 from bench.gpu.races import Crowd, hunt_races
 from bench.gpu.sweep import compiled_variants, sweep
 from bench.gpu.targets import Target, host_targets, launch_targets, plan_seconds, step_targets
-from bench.gpu.timing import StepRow, one_line, time_contenders
+from bench.machine import Machine
 from bench.shapes import SHAPES
+from bench.timing import StepRow, one_line, time_contenders
 from fused_dals.buckets import CHUNK
 
-F32, BF16 = torch.float32, torch.bfloat16
-
-#: By the names of DESIGN's byte table.
-STEP_DTYPES: dict[str, Dtypes] = {"fp32": (F32, F32, F32), "mixed": (BF16, BF16, F32), "bf16": (BF16, BF16, BF16)}
 SWEEP_MODELS, SWEEP_DTYPES = ("resnet50", "vit_l_16", "gpt2_xl"), ("fp32", "mixed")
 MODELS = ("resnet50", "vit_b_16", "vit_l_16", "bert_large", "gpt2", "gpt2_xl", "llama_7b")
 QUICK_MODELS = ("resnet50", "vit_b_16", "gpt2")

@@ -1,4 +1,4 @@
-"""What the GPU benchmark asks of a device, and CUDA's answers: all of torch.cuda that it uses stands here."""
+"""CUDA's answers to what a benchmark asks of a machine: all of torch.cuda that the benchmarks use stands here."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+
+from bench.machine import Launch
 
 #: Far above what one launch, or what is queued before it, can take.
 HANG_SECONDS = 60.0
@@ -23,70 +25,15 @@ MATMUL_WIDTH = 4096
 MATMULS = 16
 LAUNCH_CATEGORIES = ("kernel", "gpu_memset", "gpu_memcpy")
 
-Launch = tuple[str, str]
-
 
 class DeviceHung(BaseException):
     """Queued work does not end. No Exception: nothing but ending the process helps."""
 
 
-class Machine(Protocol):
-    """A device with its clocks and counters."""
-
-    device: torch.device
-    l2_bytes: int
-
-    def describe(self) -> dict[str, Any]:
-        """Device, driver and versions, ready for JSON."""
-        ...
-
-    def wait(self) -> None:
-        """Until everything queued is done; DeviceHung where that never happens."""
-        ...
-
-    def seconds(self, work: Callable[[], object], lead_s: float = 0.0) -> float:
-        """Device time of what ``work`` queues, behind other work of ``lead_s``, so that the queue does not run dry."""
-        ...
-
-    def copy_bandwidth(self) -> float:
-        """Bytes per second, read and written, of one sample of large copies."""
-        ...
-
-    def occupy(self, seconds: float) -> None:
-        """Queue work for about so long."""
-        ...
-
-    def keep_busy(self) -> None:
-        """Queue matrix products on a second stream."""
-        ...
-
-    def peak_bytes(self, work: Callable[[], object]) -> int:
-        """Memory that ``work`` allocates at most beyond what was allocated before it."""
-        ...
-
-    def free_bytes(self) -> int:
-        """Memory that can be allocated."""
-        ...
-
-    def release(self) -> None:
-        """Give back memory that nothing refers to."""
-        ...
-
-    def no_waiting(self) -> AbstractContextManager[None]:
-        """Within it an operation that waits for the device is an error."""
-        ...
-
-    def capture(self, warm_up: Callable[[], object], work: Callable[[], object]) -> Callable[[], object]:
-        """Run ``warm_up`` on a stream beside, then put ``work`` into a graph without running it; returns the replay."""
-        ...
-
-    def launches(self, work: Callable[[], object]) -> list[Launch]:
-        """Category and name of each kernel, memset and copy that ``work`` launches."""
-        ...
-
-
 class CudaMachine:
     """A CUDA device, the current one."""
+
+    queues_work = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bench.byte_table import Dtypes
+from bench.compiled import even_blends
 from bench.gpu.correctness import (
     F64,
     HYPERPARAMETERS,
@@ -20,8 +22,8 @@ from bench.gpu.correctness import (
     reference_step,
     writer_label,
 )
-from bench.gpu.driver import Dtypes, PassDriver, Plan, TensorSet, even_blends
-from bench.gpu.machine import Machine
+from bench.gpu.driver import PassDriver, Plan, TensorSet
+from bench.machine import Machine
 
 
 @dataclass(frozen=True)

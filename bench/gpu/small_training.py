@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.correctness import Check
-from bench.gpu.timing import one_line
+from bench.timing import one_line
 from fused_dals import DALS
 
 #: The widest matrix has more elements than a chunk, and a tail.

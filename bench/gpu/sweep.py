@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from bench.byte_table import SHORT_NAMES, Dtypes
+from bench.cache_model import window_chunks
+from bench.compiled import hyperparameters
 from bench.gpu.contenders import tensor_set
-from bench.gpu.driver import SHORT_NAMES, Dtypes, PassDriver, Plan, hyperparameters
-from bench.gpu.machine import Machine
-from bench.gpu.timing import Sampler, make_parameters, one_line
+from bench.gpu.driver import PassDriver, Plan
+from bench.machine import Machine
 from bench.shapes import NamedShape
-from bench.timing import Spread
+from bench.timing import Sampler, Spread, make_parameters, one_line
 
 CHUNKS, WARPS, PROGRAMS = (2048, 4096, 8192), (4, 8, 16), (1, 2, 3, 4)
 WINDOW_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, math.inf)
-ALL = 10**9
 
 
 @dataclass
@@ -39,14 +40,6 @@ def compiled_variants() -> list[Plan]:
         for chunk in CHUNKS
         for warps in WARPS
     ]
-
-
-def window_chunks(share: float, l2_bytes: int, dtypes: Dtypes, chunk: int) -> int:
-    """A window that is this share of the L2 cache, in chunks of p, g, h and m."""
-    if math.isinf(share):
-        return ALL
-    p, g, state = (dtype.itemsize for dtype in dtypes)
-    return int(share * l2_bytes) // ((p + g + 2 * state) * chunk)
 
 
 def sweep(

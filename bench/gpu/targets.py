@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.byte_table import Dtypes, item_sizes, least_bytes
+from bench.contenders import ADAMW, COMPILED, FOREACH, FUSED
 from bench.gpu.checks import WITHOUT_LOSS, HostRow, LaunchRow, host_time
-from bench.gpu.contenders import ADAMW, COMPILED, FOREACH, FUSED, PASS_ALONE, least_bytes
-from bench.gpu.driver import Dtypes
-from bench.gpu.timing import StepRow
+from bench.gpu.contenders import PASS_ALONE
 from bench.shapes import NamedShape
+from bench.timing import StepRow
 
 LIMIT_MULTIPLE = 1.15
 #: Most time in units of AdamW fused, fp32.
@@ -40,7 +41,7 @@ def plan_bytes(sizes: Sequence[int], dtypes: Dtypes, l2_bytes: int) -> float:
     A tensor whose p, g, h and m fit into L2 moves the least. Of a larger one stage B, newest first, finds as much as
     fits. Ideal, since L2 holds other things too: no more than DESIGN's table, and a little less for large tensors.
     """
-    p, g, state = (dtype.itemsize for dtype in dtypes)
+    p, g, state = item_sizes(dtypes)
     held = l2_bytes / (p + g + 2 * state)
     missed = sum(max(0.0, size - held) for size in sizes)
     return sum(sizes) * least_bytes(p, g, state) + missed * (p + state)

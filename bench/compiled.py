@@ -1,0 +1,121 @@
+"""The reference under torch.compile, all tensors in one graph, and limits to the time that compiling may take."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.byte_table import Dtypes, item_sizes, least_bytes
+from bench.contenders import LR, Contender, NamedParameter, Step
+from fused_dals import DALS
+from fused_dals.gather import flat_zeros
+from fused_dals.reference import dals_reference_
+
+#: Longer lists take torch.compile minutes: the whole list is one graph.
+COMPILED_TENSORS = 200
+
+
+class OutOfTime(BaseException):
+    """A time limit ran out. No Exception, so that nothing on the way takes it for its own."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in the main thread when the block takes longer."""
+
+    running = True
+
+    def stop(*_: object) -> None:
+        if running:
+            raise OutOfTime
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)
+    try:
+        yield
+    finally:
+        running = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@dataclass
+class CompileBudget:
+    """Time that torch.compile may still take in this run, and at most for one model."""
+
+    left_s: float
+    per_model_s: float
+
+
+def compiled_contender(dtypes: Dtypes, tensors: int, budget: CompileBudget) -> Contender:
+    """State of the dtype of the table, whatever the parameters'."""
+    p, g, state = item_sizes(dtypes)
+    return Contender(
+        lambda named: compiled_reference(named, tensors, budget, dtypes[2]),
+        least_bytes(p, g, state),
+        2 * state,
+        state,
+    )
+
+
+def hyperparameters(**overrides: Any) -> dict[str, Any]:
+    """A param group's hyperparameters; the filter is the same in every phase, so that any step repeats another."""
+    group = DALS([("w", torch.nn.Parameter(torch.zeros(1)))]).defaults
+    return {**group, "ema_decay": (0.3, 0.3, 0.3), **overrides}
+
+
+def even_blends(count: int) -> list[float]:
+    """b of tensors at evenly spaced depths."""
+    return [0.3 + 0.4 * i / max(1, count - 1) for i in range(count)]
+
+
+def compiled_reference(
+    named: Sequence[NamedParameter],
+    tensors: int,
+    budget: CompileBudget,
+    state_dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Step:
+    """The reference's lines over all tensors as one compiled graph; compiles at once, within the budget."""
+    if tensors > COMPILED_TENSORS:
+        raise RuntimeError(f"left out: {tensors} tensors, and only lists of up to {COMPILED_TENSORS} are compiled")
+    if budget.left_s <= 0:
+        raise RuntimeError("left out: the time for torch.compile in this run is spent")
+    params = [parameter.detach() for _, parameter in named]
+    grads = [parameter.grad for _, parameter in named]
+    grad_emas, momentum_buffers = (flat_zeros(params, state_dtype) for _ in range(2))
+    blends = even_blends(len(params))
+    hyper = hyperparameters()
+    names = ("weight_decay", "trust_coefficient", "trust_clip", "momentum")
+    scalars = {name: hyper[name] for name in names}
+    lists = (params, grads, grad_emas, momentum_buffers)
+
+    def update(lists: tuple[list[Any], ...], lr: torch.Tensor, alpha: torch.Tensor) -> None:
+        for p, g, h, m, blend in zip(*lists, blends, strict=True):
+            dals_reference_(p, g, h, m, blend, ema_decay=alpha, bypass=False, lr=lr, **scalars)
+
+    device = params[0].device
+    lr, alpha = torch.tensor(LR, device=device), torch.tensor(0.3, device=device)
+    compiled: Callable[..., None] = torch.compile(update, fullgraph=True, dynamic=False, **options)
+
+    @torch.no_grad()
+    def step() -> None:
+        compiled(lists, lr, alpha)
+
+    limit = min(budget.left_s, budget.per_model_s)
+    start = time.monotonic()
+    try:
+        with time_limit(limit):
+            step()
+    except OutOfTime:
+        torch.compiler.reset()
+        raise RuntimeError(f"left out: torch.compile was not done with it after {limit:.0f} s") from None
+    finally:
+        budget.left_s -= time.monotonic() - start
+    return step

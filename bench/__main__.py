@@ -9,6 +9,7 @@ COMMANDS = {
     "demo": "train a small task with the DALS family, SGD and AdamW; table, figure, JSON",
     "micro": "time one optimizer step on real parameter lists; table, JSON",
     "traffic": "predict the bytes that a fused step moves on any GPU, and what window to take; tables, JSON",
+    "report": "write the tables of README.md and docs/, and the plots, from the files in bench/results",
     "host": "time what a fused step costs the host, launches left out; table, JSON",
     "codegen": "compile the kernels for several GPUs, without one: registers, spills, access widths; table, JSON",
     "sharding": "what sharding adds to a step: collectives, bytes, time, by arithmetic from links that you assume",

@@ -1,4 +1,4 @@
-"""Parameter lists of well-known models and two extremes, as names and shapes; no model library needed."""
+"""Parameter lists as names and shapes: known models, two extremes, tensors of one size. No model library needed."""
 
 from collections.abc import Callable, Iterator
 
@@ -135,6 +135,15 @@ def many_tiny() -> Iterator[NamedShape]:
     yield from ((f"layer{i}.weight", (64,)) for i in range(10_000))
 
 
+def _even(elements: int) -> Callable[[], Iterator[NamedShape]]:
+    """2^24 parameters in tensors of so many elements: more than any L2 cache holds."""
+
+    def shapes() -> Iterator[NamedShape]:
+        yield from ((f"layer{i}.weight", (elements,)) for i in range((1 << 24) // elements))
+
+    return shapes
+
+
 def _dense(name: str, weight: tuple[int, ...], outputs: int | None = None) -> Iterator[NamedShape]:
     """Weight and bias; a weight has its outputs first unless they are given."""
     yield f"{name}.weight", weight
@@ -157,4 +166,8 @@ SHAPES: dict[str, Callable[[], Iterator[NamedShape]]] = {
     "llama_7b": llama_7b,
     "one_huge": one_huge,
     "many_tiny": many_tiny,
+    "of_4ki": _even(1 << 12),
+    "of_64ki": _even(1 << 16),
+    "of_1mi": _even(1 << 20),
+    "of_16mi": _even(1 << 24),
 }

@@ -1,0 +1,96 @@
+"""The results as pictures: step time, bandwidth and host time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.contenders import ADAMW, ADAMW_FOREACH, COMPILED, FOREACH, FUSED, LOOP, REFERENCE, SGD, SGD_FOREACH
+from bench.figure import RUN_COLORS
+from bench.report.results import HostFile, Results, StepFile
+from bench.report.text import picture_of
+from bench.timing import Spread, StepRow
+
+#: A colour a path; torch's optimizers are grey. Everybody else is left to the tables.
+STYLES: dict[str, tuple[str, str]] = {
+    FUSED: (RUN_COLORS[0], "-"),
+    FOREACH: (RUN_COLORS[1], "-"),
+    REFERENCE: (RUN_COLORS[2], "-"),
+    COMPILED: (RUN_COLORS[2], "--"),
+    LOOP: (RUN_COLORS[3], "-"),
+    ADAMW: ("0.2", "-"),
+    ADAMW_FOREACH: ("0.2", "--"),
+    SGD: ("0.6", "-"),
+    SGD_FOREACH: ("0.6", "--"),
+}
+
+
+def draw(results: Results, folder: Path) -> Iterator[Path]:
+    """One picture per file of step times, with the host times of all files of those."""
+    for found in results.steps:
+        path = folder / picture_of(found.name)
+        figure = figure_of(found, results.hosts)
+        figure.savefig(path, dpi=110)
+        yield path
+
+
+def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
+    """Three panels: time against parameters, bandwidth against tensor size, host time against tensors."""
+    dtypes = next(iter(dict.fromkeys(row.dtypes for row in found.rows)))
+    rows = [row for row in found.rows if row.dtypes == dtypes and row.device_s is not None]
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure.suptitle(f"{found.environment['device']}, {dtypes}")
+    time, bandwidth, host = figure.subplots(1, 3)
+    _lines(time, rows, lambda row: row.parameters, lambda row: _median(row.device_s, 1e3))
+    time.set(title="Step time", xlabel="parameters", ylabel="ms, median")
+    _lines(bandwidth, rows, mean_size, lambda row: None if row.bytes_per_s is None else row.bytes_per_s / 1e9)
+    if found.copy_bandwidth is not None:
+        bandwidth.axhline(found.copy_bandwidth / 1e9, color="0.3", ls=":", label="copy, same run (roofline)")
+        bandwidth.legend(loc="lower right", fontsize="small")
+    bandwidth.set(title="Bandwidth (least bytes over time)", xlabel="elements per tensor, mean", ylabel="GB/s, median")
+    _lines(host, rows, lambda row: row.tensors, lambda row: _median(row.host_s, 1e6))
+    for file in hosts:
+        costs = [cost for cost in file.costs if cost.groups == 1]
+        host.plot(
+            [cost.tensors for cost in costs],
+            [1e6 * cost.step_s.median for cost in costs],
+            color=STYLES[FUSED][0],
+            ls=":",
+            marker="s",
+            ms=4,
+            label=f"DALS fused, no launches\n({file.environment['device']})",
+        )
+    host.set(title="Host time", xlabel="tensors", ylabel="us, median")
+    if hosts:
+        host.legend(loc="upper left", fontsize="small")
+    for axis in (time, bandwidth, host):
+        axis.set(xscale="log", yscale="log")
+        axis.grid(color="0.9", lw=0.6)
+    handles, labels = time.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+    return figure
+
+
+def _median(spread: Spread | None, factor: float) -> float | None:
+    return None if spread is None else factor * spread.median
+
+
+def mean_size(row: StepRow) -> float:
+    """Elements per tensor; exact for the lists of equal tensors."""
+    return row.parameters / max(1, row.tensors)
+
+
+def _lines(
+    axis: Axes, rows: Sequence[StepRow], x_of: Callable[[StepRow], float], y_of: Callable[[StepRow], float | None]
+) -> None:
+    """A line per contender, its points in the order of x."""
+    for contender, (color, style) in STYLES.items():
+        points = [(x_of(row), y_of(row)) for row in rows if row.contender == contender]
+        found = np.array(sorted((x, y) for x, y in points if y is not None))
+        if len(found):
+            axis.plot(found[:, 0], found[:, 1], style, color=color, marker="o", ms=4, label=contender)

@@ -1,0 +1,69 @@
+"""The files in bench/results/, read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.host import HostCost
+from bench.step_table import row_from
+from bench.timing import Spread, StepRow
+
+
+@dataclass(frozen=True)
+class StepFile:
+    """Step times of one run: of ``bench micro`` or ``bench gpu``."""
+
+    name: str
+    environment: dict[str, Any]
+    copy_bandwidth: float | None
+    rows: list[StepRow]
+
+    @property
+    def on_gpu(self) -> bool:
+        return "multiprocessors" in self.environment
+
+
+@dataclass(frozen=True)
+class HostFile:
+    """Host times of one run of ``bench host``."""
+
+    name: str
+    environment: dict[str, Any]
+    costs: list[HostCost]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything there is, by file name; ``traffic`` is what ``bench traffic`` predicted."""
+
+    steps: list[StepFile] = field(default_factory=list)
+    hosts: list[HostFile] = field(default_factory=list)
+    training: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    traffic: dict[str, Any] | None = None
+
+
+def load(folder: Path) -> Results:
+    """All files of the folder whose kind is known; GPUs first."""
+    results = Results()
+    traffic = None
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        if "steps" in record:
+            copied = record["copy_bytes_per_s"]["best"]
+            rows = [row_from(row) for row in record["steps"]]
+            results.steps.append(StepFile(path.name, record["environment"], copied, rows))
+        elif "training_steps" in record:
+            results.training.append((path.name, record))
+        elif record.get("predicted"):
+            traffic = record
+        elif path.name.startswith("host"):
+            results.hosts.append(HostFile(path.name, record["environment"], [_cost(row) for row in record["results"]]))
+    results.steps.sort(key=lambda found: not found.on_gpu)
+    return Results(results.steps, results.hosts, results.training, traffic)
+
+
+def _cost(row: dict[str, Any]) -> HostCost:
+    return HostCost(row["tensors"], row["groups"], Spread(**row["step_s"]), Spread(**row["addresses_s"]))

@@ -1,0 +1,190 @@
+"""What the results say, as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bench.byte_table import STEP_DTYPES
+from bench.cache_model import PassPlan, predict, window_chunks
+from bench.contenders import BASELINE, FUSED
+from bench.host import cost_table
+from bench.report.results import Results, StepFile
+from bench.shapes import SHAPES
+from bench.step_table import notes, step_cells, title
+from bench.timing import StepRow, ratios
+from bench.traffic import MOST_CHUNKS, USABLE
+from fused_dals.buckets import WINDOW_SHARE_OF_L2
+from fused_dals.fused import PROGRAMS_PER_SM
+
+NO_GPU = "There is no GPU figure yet."
+
+
+# -- README.md -------------------------------------------------------------------------------------------------------
+
+
+def readme_speed(results: Results) -> str:
+    """Medians, contenders by models, one table per file and dtypes; and what a step costs the host."""
+    blocks = [] if any(found.on_gpu for found in results.steps) else [NO_GPU]
+    for found in results.steps:
+        for dtypes in dict.fromkeys(row.dtypes for row in found.rows):
+            rows = [row for row in found.rows if row.dtypes == dtypes]
+            blocks.append(
+                f"One step in milliseconds, {dtypes}, medians of one run that took turns (in brackets: times "
+                f"{BASELINE}, round by round). {described(found.environment)}, [the file](bench/results/{found.name}):"
+            )
+            blocks.append(_pivot(rows))
+    if results.steps:
+        blocks.append(f"![Step time, bandwidth and host time](docs/{picture_of(results.steps[0].name)})")
+    for host in results.hosts:
+        blocks.append(
+            "What a fused step costs the host, launches left out (`python -m bench host`), in microseconds. "
+            f"{described(host.environment)}, [the file](bench/results/{host.name}):"
+        )
+        blocks.append(_preformatted(cost_table(host.costs)))
+    blocks.append("All tables, with spread and bandwidth, and plots: [docs/speed.md](docs/speed.md).")
+    return "\n\n".join(blocks)
+
+
+def picture_of(name: str) -> str:
+    """The picture that belongs to a file of results."""
+    return f"{name.removesuffix('.json')}.png"
+
+
+def described(environment: dict[str, Any]) -> str:
+    """The machine and the versions in one line."""
+    parts = [environment["device"]]
+    if environment.get("driver"):
+        parts.append(f"driver {environment['driver']}")
+    if "multiprocessors" not in environment:
+        parts.append(f"{environment['threads']} threads")
+    parts.append(f"torch {environment['torch']}")
+    if environment.get("triton"):
+        parts.append(f"triton {environment['triton']}")
+    return ", ".join([*parts, environment["date"][:10]])
+
+
+def _pivot(rows: Sequence[StepRow]) -> str:
+    """Contenders by models; a dash where there is no figure."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    by_model = {model: [row for row in rows if row.model == model] for model in models}
+    relative = {model: ratios(members, BASELINE) for model, members in by_model.items()}
+    lines = []
+    for contender in dict.fromkeys(row.contender for row in rows):
+        cells = []
+        for model in models:
+            row = next((row for row in by_model[model] if row.contender == contender), None)
+            cells.append(_milliseconds(row, None if row is None else relative[model].get(contender)))
+        if set(cells) != {"-"}:
+            lines.append([contender, *cells])
+    return markdown_table(["", *models], lines)
+
+
+def _milliseconds(row: StepRow | None, ratio: Any) -> str:
+    if row is None or row.device_s is None:
+        return "-"
+    time = f"{1e3 * row.device_s.median:.3g}" if row.device_s.median < 1 else f"{1e3 * row.device_s.median:.0f}"
+    return time if ratio is None or row.contender == BASELINE else f"{time} ({ratio.median:.2f})"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """First column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _preformatted(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+
+
+# -- docs/speed.md ---------------------------------------------------------------------------------------------------
+
+
+def speed_page(results: Results) -> str:
+    """All tables, and who is missing in them and why."""
+    blocks = ["# Speed", "Made by `python -m bench report` from the files in bench/results/."]
+    if not any(found.on_gpu for found in results.steps):
+        blocks.append(NO_GPU)
+    for found in results.steps:
+        blocks += [f"## {found.name}", described(found.environment) + "."]
+        blocks.append(f"![Step time, bandwidth and host time]({picture_of(found.name)})")
+        if found.copy_bandwidth is not None:
+            blocks.append(f"Copy bandwidth in the same run: {found.copy_bandwidth / 1e9:.1f} GB/s, read plus written.")
+        blocks += _step_tables(found)
+        compared = list(_predicted_beside_measured(found))
+        if compared:
+            header = ["DALS fused", "bytes per parameter, PREDICTED", "ms at copy speed, PREDICTED", "ms, measured"]
+            blocks += ["What the cache model predicts, beside what was measured:", markdown_table(header, compared)]
+        blocks.append(_preformatted(notes(found.on_gpu)))
+    for name, record in results.training:
+        blocks += [f"## {name}", described(record["environment"]) + ".", training_table(record)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _step_tables(found: StepFile) -> Iterator[str]:
+    for key in dict.fromkeys((row.model, row.dtypes) for row in found.rows):
+        rows = [row for row in found.rows if (row.model, row.dtypes) == key]
+        header, cells = step_cells(rows, found.copy_bandwidth)
+        yield f"**{title(rows[0])}**"
+        if cells:
+            yield markdown_table(header, cells)
+        failures = [f"- {row.contender}: {row.error}" for row in rows if row.error is not None]
+        if failures:
+            yield "\n".join(["No figures:", "", *failures])
+
+
+def _predicted_beside_measured(found: StepFile) -> Iterator[list[str]]:
+    """Steps of the fused path on a GPU, whose cache and size the file tells."""
+    if not found.on_gpu or found.copy_bandwidth is None:
+        return
+    l2_bytes, programs = found.environment["l2_bytes"], PROGRAMS_PER_SM * found.environment["multiprocessors"]
+    for row in found.rows:
+        if row.contender != FUSED or row.device_s is None:
+            continue
+        dtypes = STEP_DTYPES[row.dtypes]
+        sizes = tuple(math.prod(shape) for _, shape in SHAPES[row.model]())
+        plan = PassPlan(sizes, dtypes, window_chunks(WINDOW_SHARE_OF_L2, l2_bytes, dtypes), programs=programs)
+        predicted = predict(plan.coarser(MOST_CHUNKS), *(int(usable * l2_bytes) for usable in USABLE))
+        times = [f"{1e3 * traffic.memory_bytes / found.copy_bandwidth:.3f}" for traffic in predicted]
+        moved = [f"{traffic.per_parameter:.1f}" for traffic in predicted]
+        measured = f"{1e3 * row.device_s.median:.3f}"
+        yield [f"{row.model} {row.dtypes}", " to ".join(moved), " to ".join(times), measured]
+
+
+def training_table(record: dict[str, Any]) -> str:
+    """Whole training steps and the optimizer's share of them."""
+    rows = []
+    failures = []
+    for row in record["training_steps"]:
+        label = [row["model"], row["contender"], row["mode"]]
+        if row["error"] is not None:
+            failures.append(f"- {', '.join(label)}: {row['error']}")
+            continue
+        step, optimizer = row["step_s"]["median"], row["optimizer_s"]
+        share = "-" if optimizer is None else f"{100 * optimizer['median'] / step:.0f} %"
+        memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+        rows.append([*label, f"{1e3 * step:.2f}", share, memory])
+    header = ["model", "optimizer", "mode", "step ms", "optimizer's share", "peak MiB"]
+    return "\n".join([markdown_table(header, rows), "", *failures]).rstrip()
+
+
+# -- docs/design.md --------------------------------------------------------------------------------------------------
+
+
+def traffic_block(results: Results) -> str:
+    """The predictions for float32 parameters."""
+    if results.traffic is None:
+        return "Nothing was predicted yet: `python -m bench traffic --json bench/results/traffic.json`."
+    cells = [cell for cell in results.traffic["modes"] if cell["dtypes"] == "fp32"]
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    found = {(cell["mode"], cell["model"], cell["usable"]): cell for cell in cells}
+    full, less = USABLE
+    rows = []
+    for mode in dict.fromkeys(cell["mode"] for cell in cells):
+        pairs = [(found[mode, model, full]["predicted"], found[mode, model, less]["predicted"]) for model in models]
+        limit = f"{found[mode, models[0], full]['uncached']:.0f}"
+        rows.append([mode, limit, *(f"{one:.1f} ({other:.1f})" for one, other in pairs)])
+    intro = f"PREDICTED bytes per float32 parameter, {found[mode, models[0], full]['least']:.0f} at least. "
+    assumptions = f"{results.traffic['assumptions']}; [all predictions](../bench/results/traffic.json):"
+    return f"{intro}{assumptions}\n\n{markdown_table(['', 'no cache', *models], rows)}"

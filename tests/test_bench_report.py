@@ -1,0 +1,164 @@
+"""The report: README.md and docs/ say what the committed files say; tables and plots of a file as a GPU makes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import record, report
+from bench.__main__ import main
+from bench.contenders import ADAMW, BASELINE, FOREACH, FUSED
+from bench.report.results import Results, load
+from bench.report.text import NO_GPU, readme_speed, speed_page, traffic_block
+from bench.step_table import row_from
+from bench.timing import Spread, StepRow
+
+
+def test_every_text_is_what_the_committed_files_say() -> None:
+    for path, text in report.texts(load(report.RESULTS), report.ROOT).items():
+        assert path.read_text() == text, f"{path.name} is not up to date: run python -m bench report"
+
+
+def test_every_step_file_has_its_picture() -> None:
+    for found in load(report.RESULTS).steps:
+        assert (report.ROOT / "docs" / f"{Path(found.name).stem}.png").stat().st_size > 10_000
+
+
+def test_all_committed_results_are_read() -> None:
+    """Every file but the demonstration's is of a kind that the report knows."""
+    results = load(report.RESULTS)
+    names = {step.name for step in results.steps} | {host.name for host in results.hosts}
+    names |= {name for name, _ in results.training}
+    others = {path.name for path in report.RESULTS.glob("*.json")} - names
+    assert results.traffic is not None and "traffic.json" in others
+    assert all(name == "traffic.json" or name.startswith("demo-") for name in others)
+    assert all(row.error or row.device_s for found in results.steps for row in found.rows)
+
+
+# -- made-up results -------------------------------------------------------------------------------------------------
+
+
+def row(model: str, contender: str, milliseconds: float | None, dtypes: str = "fp32") -> StepRow:
+    """A step of a made-up GPU; None is a contender that failed."""
+    found = StepRow(model, dtypes, contender, 161, 25_557_032, 28, True)
+    if milliseconds is None:
+        found.error = "ModuleNotFoundError: No module named 'x': pip install x"
+        return found
+    found.device_samples_s = [1e-3 * milliseconds * factor for factor in (0.9, 1.0, 1.1)]
+    found.device_s, found.host_s = Spread.of(found.device_samples_s), Spread(1e-4, 1e-4, 1e-4)
+    found.bytes_per_s = 28 * found.parameters / found.device_s.median
+    found.peak_extra_bytes, found.launches = 0, 2
+    return found
+
+
+GPU = {
+    "device": "Some GPU", "driver": "1.2", "multiprocessors": 132, "l2_bytes": 50 << 20, "torch": "2.13",
+    "triton": "3.7", "date": "2030-01-02T03:04:05", "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def gpu_results(tmp_path: Path) -> Results:
+    """The committed files with one of a made-up GPU beside them."""
+    rows = [
+        row(model, contender, factor * (1 + 10 * i))
+        for i, model in enumerate(("resnet50", "vit_b_16"))
+        for contender, factor in ((BASELINE, 2.0), (ADAMW, 1.0), (FUSED, 0.5))
+    ]
+    rows.append(row("resnet50", "peer", None))
+    saved = {"environment": GPU, "copy_bytes_per_s": {"best": 4e12}, "steps": [asdict(some) for some in rows]}
+    record.save(tmp_path / "some-gpu.json", saved)
+    for path in report.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    return load(tmp_path)
+
+
+def test_a_gpu_comes_first_and_ends_the_excuse(gpu_results: Results) -> None:
+    assert NO_GPU in readme_speed(load(report.RESULTS))
+    text = readme_speed(gpu_results)
+    assert NO_GPU not in text and text.index("Some GPU, driver 1.2, torch 2.13, triton 3.7, 2030-01-02") < text.index(
+        "threads"
+    )
+    assert f"| {FUSED} | 0.5 (0.25) | 5.5 (0.25) |" in text and f"| {BASELINE} | 2 | 22 |" in text
+    assert "| peer |" not in text
+
+
+def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> None:
+    page = speed_page(gpu_results)
+    assert "- peer: ModuleNotFoundError: No module named 'x': pip install x" in page
+    assert "Copy bandwidth in the same run: 4000.0 GB/s" in page
+    line = next(line for line in page.splitlines() if line.startswith("| resnet50 fp32 |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    # 28 bytes of 25.6 million parameters at 4 TB/s.
+    assert cells[1].startswith("28.0 to 28.") and cells[2].startswith("0.179 to 0.18") and cells[3] == "0.500"
+    assert page.count("PREDICTED") == 2
+
+
+def test_training_is_a_table() -> None:
+    steps = [
+        {"model": "gpt2", "contender": FUSED, "mode": "eager", "step_s": {"median": 0.2, "p10": 0.1, "p90": 0.3},
+         "optimizer_s": {"median": 0.02, "p10": 0.0, "p90": 0.0}, "peak_bytes": 3 << 20, "error": None},
+        {"model": "gpt2", "contender": FUSED, "mode": "graph", "step_s": None, "optimizer_s": None, "peak_bytes": None,
+         "error": "RuntimeError: a CPU has no CUDA graphs"},
+    ]  # fmt: skip
+    page = speed_page(Results(training=[("train-x.json", {"environment": GPU, "training_steps": steps})]))
+    assert f"| gpt2 | {FUSED} | eager | 200.00 | 10 % | 3 |" in page
+    assert f"- gpt2, {FUSED}, graph: RuntimeError: a CPU has no CUDA graphs" in page
+
+
+def test_pictures(gpu_results: Results, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.report.plots import draw, figure_of
+
+    found = gpu_results.steps[0]
+    time, bandwidth, host = figure_of(found, gpu_results.hosts).axes
+    lines = {line.get_label(): line for line in time.get_lines()}
+    assert list(lines) == [FUSED, ADAMW, BASELINE]
+    assert list(lines[FUSED].get_ydata()) == pytest.approx([0.5, 5.5])
+    assert [label for line in bandwidth.get_lines() if "roofline" in (label := str(line.get_label()))]
+    assert len(host.get_lines()) == len(lines) + len(gpu_results.hosts)
+    paths = list(draw(gpu_results, tmp_path))
+    assert [path.name for path in paths] == ["some-gpu.png", "micro-cpu.png"]
+    assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_nothing_predicted_yet() -> None:
+    assert "Nothing was predicted yet" in traffic_block(Results())
+
+
+def test_a_row_of_before_is_still_read() -> None:
+    """Fields that a later version adds have defaults."""
+    saved: dict[str, Any] = json.loads(json.dumps(asdict(row("resnet50", FOREACH, 1.0))))
+    del saved["launches"]
+    assert row_from(saved).launches is None
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_between_markers() -> None:
+    begin, end = report.BEGIN.format("x"), report.END.format("x")
+    assert report.replaced(f"a\n{begin}\nold\n{end}\nb", "x", "new\n") == f"a\n{begin}\n\nnew\n\n{end}\nb"
+    for wrong in ("", begin, f"{end} {begin}", f"{begin}{end}{begin}{end}"):
+        with pytest.raises(ValueError, match="one pair of markers"):
+            report.replaced(wrong, "x", "new")
+
+
+def test_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu_results: Results
+) -> None:
+    assert main(["report", "--check"]) == 0
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/design.md", "docs/speed.md"):
+        (tmp_path / name).write_text((report.ROOT / name).read_text())
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert main(["report", "--check"]) == 1
+    assert "not up to date: README.md; run python -m bench report" in capsys.readouterr().err
+    assert main(["report", "--no-plots"]) == 0
+    assert "Some GPU" in (tmp_path / "README.md").read_text()
+    assert main(["report", "--check"]) == 0

@@ -12,7 +12,7 @@ READY := .venv/ready-$(subst /,_,$(subst =,-,$(TORCH)))
 help:
 	@echo "make demo [TASK=synthetic-a|digits] [EPOCHS=80]   train with DALS, DALS-Fast, DALS-Acc, SGD, AdamW"
 	@echo "make test        lint, types, tests;  make test-slow  the long training runs too"
-	@echo "make bench       step time on this machine's CPU;  python -m bench gpu for one with a GPU"
+	@echo "make bench       step time on this machine, GPU or CPU;  python -m bench lists all measurements"
 
 # torch comes first and pinned: another package that asks for it must find it installed.
 $(READY): Makefile requirements-dev.txt pyproject.toml setup.cfg

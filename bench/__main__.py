@@ -8,6 +8,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "train a small task with the DALS family, SGD and AdamW; table, figure, JSON",
     "micro": "time one optimizer step on real parameter lists; table, JSON",
+    "train": "time whole training steps of a GPT-2 and a ViT, and the optimizer's share; tables, JSON",
     "traffic": "predict the bytes that a fused step moves on any GPU, and what window to take; tables, JSON",
     "report": "write the tables of README.md and docs/, and the plots, from the files in bench/results",
     "host": "time what a fused step costs the host, launches left out; table, JSON",

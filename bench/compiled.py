@@ -52,6 +52,25 @@ class CompileBudget:
     left_s: float
     per_model_s: float
 
+    def check(self) -> None:
+        """Raise RuntimeError where no time is left."""
+        if self.left_s <= 0:
+            raise RuntimeError("left out: the time for torch.compile in this run is spent")
+
+    def first_call(self, step: Callable[[], object]) -> None:
+        """The call that compiles. Raises RuntimeError where it takes too long."""
+        self.check()
+        limit = min(self.left_s, self.per_model_s)
+        start = time.monotonic()
+        try:
+            with time_limit(limit):
+                step()
+        except OutOfTime:
+            torch.compiler.reset()
+            raise RuntimeError(f"left out: torch.compile was not done with it after {limit:.0f} s") from None
+        finally:
+            self.left_s -= time.monotonic() - start
+
 
 def compiled_contender(dtypes: Dtypes, tensors: int, budget: CompileBudget) -> Contender:
     """State of the dtype of the table, whatever the parameters'."""
@@ -85,8 +104,7 @@ def compiled_reference(
     """The reference's lines over all tensors as one compiled graph; compiles at once, within the budget."""
     if tensors > COMPILED_TENSORS:
         raise RuntimeError(f"left out: {tensors} tensors, and only lists of up to {COMPILED_TENSORS} are compiled")
-    if budget.left_s <= 0:
-        raise RuntimeError("left out: the time for torch.compile in this run is spent")
+    budget.check()
     params = [parameter.detach() for _, parameter in named]
     grads = [parameter.grad for _, parameter in named]
     grad_emas, momentum_buffers = (flat_zeros(params, state_dtype) for _ in range(2))
@@ -108,14 +126,5 @@ def compiled_reference(
     def step() -> None:
         compiled(lists, lr, alpha)
 
-    limit = min(budget.left_s, budget.per_model_s)
-    start = time.monotonic()
-    try:
-        with time_limit(limit):
-            step()
-    except OutOfTime:
-        torch.compiler.reset()
-        raise RuntimeError(f"left out: torch.compile was not done with it after {limit:.0f} s") from None
-    finally:
-        budget.left_s -= time.monotonic() - start
+    budget.first_call(step)
     return step

@@ -291,6 +291,7 @@ def test_the_same_through_pytest_benchmark(tmp_path: Path, monkeypatch: pytest.M
     pytest.importorskip("pytest_benchmark")
     monkeypatch.setitem(SHAPES, "gpt2", lambda: iter(TINY))
     monkeypatch.setattr("bench.machine.find_machine", SmallHost)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # these tests may run side by side, the benchmark does not
     out = tmp_path / "benchmark.json"
     only = ["-k", "loop or (AdamW and fused)", "-p", "no:cacheprovider", "-p", "no:terminal"]
     options = ["--benchmark-only", f"--benchmark-json={out}", "--shapes=gpt2", "--dtypes=bf16", *only]

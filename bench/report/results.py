@@ -51,7 +51,7 @@ def load(folder: Path) -> Results:
     traffic = None
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        if "steps" in record:
+        if record.get("steps"):
             copied = record["copy_bytes_per_s"]["best"]
             rows = [row_from(row) for row in record["steps"]]
             results.steps.append(StepFile(path.name, record["environment"], copied, rows))

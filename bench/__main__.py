@@ -14,6 +14,7 @@ COMMANDS = {
     "host": "time what a fused step costs the host, launches left out; table, JSON",
     "codegen": "compile the kernels for several GPUs, without one: registers, spills, access widths; table, JSON",
     "sharding": "what sharding adds to a step: collectives, bytes, time, by arithmetic from links that you assume",
+    "paper": "the benchmark of the paper: 18 strategies on its tasks, with seeds; tables, figures, JSON",
     "gpu": "on a GPU: correctness of the kernels, races, launches, step time beside other optimizers; tables, JSON",
 }
 

@@ -1,70 +1,35 @@
-"""The five optimizers of the demonstration, with the published settings for small tasks."""
+"""The five optimizers of the demonstration: the paper's, as the paper's benchmark makes them."""
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fused_dals import DALS, DALSAcc, DALSFast, infer_depths
+from bench.paper import strategies as paper
+from bench.paper.settings import from_scratch
+from bench.paper.tasks import layers_by_child
 
 WEIGHT_DECAY = 5e-4
-TRUST_COEFFICIENT = 0.02
-RESTART_EPOCHS = 10
 
 # (model, steps per epoch, steps of the whole schedule) -> optimizer
 Builder = Callable[[nn.Module, int, int], Optimizer]
 
 
-def _dals(model: nn.Module, steps_per_epoch: int, total_steps: int) -> Optimizer:
-    return DALS(
-        model,
-        lr=0.03,
-        momentum=0.9,
-        weight_decay=WEIGHT_DECAY,
-        trust_coefficient=TRUST_COEFFICIENT,
-        total_steps=total_steps,
-        depth=infer_depths(model, granularity="children"),
-    )
+def _builder(name: str) -> Builder:
+    def build(model: nn.Module, steps_per_epoch: int, total_steps: int) -> Optimizer:
+        setup = paper.Setup(
+            model=model,
+            layers=layers_by_child(model),
+            steps_per_epoch=steps_per_epoch,
+            epochs=total_steps // steps_per_epoch,
+            settings=from_scratch(WEIGHT_DECAY),
+            seed=0,
+        )
+        return paper.PUBLISHED[name](setup).optimizer
 
-
-def _dals_fast(model: nn.Module, steps_per_epoch: int, total_steps: int) -> Optimizer:
-    return DALSFast(
-        model,
-        lr=0.05,
-        momentum=0.85,
-        weight_decay=WEIGHT_DECAY,
-        trust_coefficient=TRUST_COEFFICIENT,
-        total_steps=total_steps,
-        depth=infer_depths(model, granularity="children"),
-    )
-
-
-def _dals_acc(model: nn.Module, steps_per_epoch: int, total_steps: int) -> Optimizer:
-    return DALSAcc(
-        model,
-        lr=0.03,
-        momentum=0.9,
-        weight_decay=WEIGHT_DECAY,
-        trust_coefficient=TRUST_COEFFICIENT,
-        restart_steps=RESTART_EPOCHS * steps_per_epoch,
-        restart_mult=2,
-        depth=infer_depths(model, granularity="children"),
-    )
-
-
-def _sgd(model: nn.Module, steps_per_epoch: int, total_steps: int) -> Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=WEIGHT_DECAY)
-
-
-def _adamw(model: nn.Module, steps_per_epoch: int, total_steps: int) -> Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
+    return build
 
 
 STRATEGIES: dict[str, Builder] = {
-    "DALS": _dals,
-    "DALS-Fast": _dals_fast,
-    "DALS-Acc": _dals_acc,
-    "Fixed SGD": _sgd,
-    "AdamW": _adamw,
+    name: _builder(name) for name in ("DALS", "DALS-Fast", "DALS-Acc", "Fixed SGD", "AdamW")
 }

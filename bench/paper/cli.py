@@ -1,0 +1,97 @@
+"""The command line of the paper's benchmark."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import extras, published
+from bench.paper.results import RESULTS, Experiment
+from bench.paper.runner import Plan, run_all
+from bench.paper.strategies import ABLATIONS, CORRECTED, PUBLISHED, STRATEGIES
+from bench.paper.tables import notes, results_table
+from bench.paper.tasks import TASKS, Options
+
+SEED_STEP = 100
+GROUPS = {"published": PUBLISHED, "corrected": CORRECTED, "ablations": ABLATIONS}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    tasks = ", ".join(f"{name} {task.epochs}" for name, task in TASKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench paper",
+        description="Train a task of arXiv:2604.27295 with the paper's strategies. Runs that are finished are kept in "
+        "the results folder and not done again; one that was killed goes on from its last epoch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("task", choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}")
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["published", "corrected"],
+        metavar="NAME",
+        help=f"names in quotes, or {', '.join(GROUPS)}; names: {', '.join(STRATEGIES)}",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help=f"number of runs per strategy, with seeds {published.SEED}, {published.SEED + SEED_STEP}, ...",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=argparse.SUPPRESS, help=f"length of the run and its schedules (default: {tasks})"
+    )
+    parser.add_argument("--data-dir", type=Path, help="folder with the files of the data set, for the real tasks")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, mps, ...")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU; the published figures need 1")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    return parser
+
+
+def chosen_strategies(names: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Strategies by name or by group, each once, in the order of the command line."""
+    chosen: dict[str, None] = {}
+    for name in names:
+        if name in GROUPS:
+            chosen |= dict.fromkeys(GROUPS[name])
+        elif name in STRATEGIES:
+            chosen[name] = None
+        else:
+            parser.error(
+                f"--strategies: {name!r} is neither a group ({', '.join(GROUPS)}) nor one of {list(STRATEGIES)}"
+            )
+    return list(chosen)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    task = TASKS[args.task]
+    strategies = chosen_strategies(args.strategies, parser)
+    epochs: int = getattr(args, "epochs", task.epochs)
+    for option, value in (("--epochs", epochs), ("--seeds", args.seeds), ("--threads", args.threads)):
+        if value < 1:
+            parser.error(f"{option} must be at least 1, not {value}")
+    extras.require("tqdm", "pytorch_optimizer", *task.packages, extra="paper")
+    torch.set_num_threads(args.threads)
+    name = args.task if epochs == task.epochs else f"{args.task}-{epochs}-epochs"
+    experiment = Experiment(args.results / name)
+    plan = Plan(
+        task_name=args.task,
+        task=task,
+        strategies=strategies,
+        seeds=[published.SEED + SEED_STEP * i for i in range(args.seeds)],
+        epochs=epochs,
+        options=Options(data_dir=args.data_dir),
+        device=args.device,
+        threads=args.threads,
+    )
+    run_all(plan, experiment)
+    print(f"\n{task.title}, {epochs} epochs\n")
+    print(results_table(experiment, task, epochs), "\n")
+    print("\n".join(notes(task, epochs)))
+    print(f"\nresults: {experiment.folder}")
+    return 0

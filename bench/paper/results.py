@@ -1,0 +1,115 @@
+"""Results on disk: one JSON file per strategy in a folder per experiment, one line per run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.paper.training import RunResult, write_atomically
+from bench.training import first_epochs
+
+#: Where results go unless the command line says otherwise.
+RESULTS = Path("bench/results/paper")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run as read back. Accuracies in percent, one per epoch; `seconds` of training steps, one per epoch."""
+
+    strategy: str
+    seed: int
+    test_rows: int
+    hits_even: list[int]
+    hits_odd: list[int]
+    seconds: list[float]
+    loss: list[float | None]
+    extra: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def accuracy(self) -> list[float]:
+        hits = zip(self.hits_even, self.hits_odd, strict=True)
+        return [100 * (even + odd) / self.test_rows for even, odd in hits]
+
+    @property
+    def best(self) -> float:
+        """The best epoch's accuracy: picked on the test set, as in the paper, and so too high."""
+        return max(self.accuracy)
+
+    @property
+    def last(self) -> float:
+        return self.accuracy[-1]
+
+    @property
+    def cross_picked(self) -> float:
+        """Accuracy on one half of the test rows at the epoch that the other half picks, mean of both ways round.
+
+        The best epoch without the optimism of picking and judging on the same rows.
+        """
+        odd_rows = self.test_rows // 2
+        even_rows = self.test_rows - odd_rows
+        by_even = self.hits_even.index(max(self.hits_even))
+        by_odd = self.hits_odd.index(max(self.hits_odd))
+        return 50 * (self.hits_odd[by_even] / odd_rows + self.hits_even[by_odd] / even_rows)
+
+    def first_epochs(self, thresholds: Sequence[float]) -> list[int | None]:
+        return first_epochs(self.accuracy, thresholds)
+
+
+def slug(name: str) -> str:
+    """A file name for a strategy or model."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+class Experiment:
+    """A folder of results: one task trained in one way."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def file(self, strategy: str) -> Path:
+        return self.folder / f"{slug(strategy)}.json"
+
+    def checkpoint(self, strategy: str, seed: int) -> Path:
+        """Of an unfinished run."""
+        return self.folder / f"{slug(strategy)}.{seed}.checkpoint"
+
+    def seeds(self, strategy: str) -> list[int]:
+        """Of the finished runs."""
+        return [record.seed for record in self.records(strategy)]
+
+    def records(self, strategy: str) -> list[Record]:
+        """The finished runs, in the order of their seeds."""
+        file = self.file(strategy)
+        if not file.exists():
+            return []
+        try:
+            content = json.loads(file.read_text())
+            return [Record(strategy=content["strategy"], **run) for run in content["runs"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"error: {file} is not a results file of this benchmark ({error}); move it away") from None
+
+    def add(self, strategy: str, about: dict[str, Any], result: RunResult, environment: dict[str, Any]) -> None:
+        """Write a finished run beside the earlier ones; its checkpoint is of no more use then."""
+        file = self.file(strategy)
+        runs = json.loads(file.read_text())["runs"] if file.exists() else []
+        run = {
+            "seed": result.seed,
+            "test_rows": result.test_rows,
+            "hits_even": result.curves.hits_even,
+            "hits_odd": result.curves.hits_odd,
+            "seconds": result.curves.seconds,
+            "loss": [round(loss, 6) if loss - loss == 0 else None for loss in result.curves.loss],
+            "extra": result.extra,
+            "environment": environment,
+        }
+        runs = sorted([*runs, run], key=lambda run: run["seed"])
+        head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
+        lines = ",\n".join(f"  {json.dumps(run)}" for run in runs)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, f'{{\n{head} "runs": [\n{lines}\n ]\n}}\n'.encode())
+        self.checkpoint(strategy, result.seed).unlink(missing_ok=True)

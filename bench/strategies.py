@@ -6,8 +6,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bench.paper import strategies as paper
+from bench.paper.problem import layers_by_child
 from bench.paper.settings import from_scratch
-from bench.paper.tasks import layers_by_child
 
 WEIGHT_DECAY = 5e-4
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bench.paper.problem import Options, Problem, layers_by_child
 from bench.paper.settings import from_scratch
-from bench.paper.tasks import Options, PaperTask, Problem, layers_by_child
+from bench.paper.tasks import PaperTask
 from bench.paper.training import RunResult, train_run
 from bench.tasks import Data
 

@@ -16,12 +16,14 @@ import torch
 
 from bench import published
 from bench.paper import cli
-from bench.paper.results import Experiment, Record, slug
+from bench.paper.problem import Options, layers_by_child
+from bench.paper.results import Experiment, Record
 from bench.paper.runner import Plan, run_all
+from bench.paper.slug import slug
 from bench.paper.strategies import STRATEGIES
 from bench.paper.synthetic import DraftMLP, load_synthetic_b, load_synthetic_t
 from bench.paper.tables import mean_and_deviation, results_table
-from bench.paper.tasks import TASKS, Options, layers_by_child
+from bench.paper.tasks import TASKS
 from bench.paper.training import Curves, RunResult, batches, count_hits
 from tests import paper_run
 from tests.exact import same

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from bench import extras, published
+from bench.paper.problem import Options
 from bench.paper.results import RESULTS, Experiment
 from bench.paper.runner import Plan, run_all
 from bench.paper.strategies import ABLATIONS, CORRECTED, PUBLISHED, STRATEGIES
 from bench.paper.tables import notes, results_table
-from bench.paper.tasks import TASKS, Options
+from bench.paper.tasks import RATES, TASKS, experiment_name, with_model
 
 SEED_STEP = 100
 GROUPS = {"published": PUBLISHED, "corrected": CORRECTED, "ablations": ABLATIONS}
@@ -45,6 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--epochs", type=int, default=argparse.SUPPRESS, help=f"length of the run and its schedules (default: {tasks})"
     )
     parser.add_argument("--data-dir", type=Path, help="folder with the files of the data set, for the real tasks")
+    parser.add_argument(
+        "--model",
+        default=Options.model,
+        help="for texts: a name of the Hugging Face hub or a folder, to be fine-tuned; 'scratch' for a small encoder "
+        "with a vocabulary of the training set",
+    )
+    parser.add_argument(
+        "--rates", choices=RATES, default=argparse.SUPPRESS, help="for texts: learning rates (default: by --model)"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, mps, ...")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU; the published figures need 1")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -69,7 +79,9 @@ def chosen_strategies(names: Sequence[str], parser: argparse.ArgumentParser) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    task = TASKS[args.task]
+    options = Options(data_dir=args.data_dir, model=args.model)
+    rates: str | None = getattr(args, "rates", None)
+    task = with_model(TASKS[args.task], options, rates)
     strategies = chosen_strategies(args.strategies, parser)
     epochs: int = getattr(args, "epochs", task.epochs)
     for option, value in (("--epochs", epochs), ("--seeds", args.seeds), ("--threads", args.threads)):
@@ -77,15 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{option} must be at least 1, not {value}")
     extras.require("tqdm", "pytorch_optimizer", *task.packages, extra="paper")
     torch.set_num_threads(args.threads)
-    name = args.task if epochs == task.epochs else f"{args.task}-{epochs}-epochs"
-    experiment = Experiment(args.results / name)
+    experiment = Experiment(args.results / experiment_name(args.task, task, options, rates, epochs))
     plan = Plan(
         task_name=args.task,
         task=task,
         strategies=strategies,
         seeds=[published.SEED + SEED_STEP * i for i in range(args.seeds)],
         epochs=epochs,
-        options=Options(data_dir=args.data_dir),
+        options=options,
         device=args.device,
         threads=args.threads,
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.paper.slug import slug
 from bench.paper.training import RunResult, write_atomically
 from bench.training import first_epochs
 
@@ -58,11 +58,6 @@ class Record:
 
     def first_epochs(self, thresholds: Sequence[float]) -> list[int | None]:
         return first_epochs(self.accuracy, thresholds)
-
-
-def slug(name: str) -> str:
-    """A file name for a strategy or model."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 class Experiment:

@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from bench import environment
+from bench.paper.problem import Options
 from bench.paper.results import Experiment
-from bench.paper.tasks import Options, PaperTask
+from bench.paper.tasks import PaperTask
 from bench.paper.training import train_run
 
 
@@ -35,6 +36,7 @@ class Plan:
         return {
             "strategy": strategy,
             "task": self.task_name,
+            "model": self.options.model if self.task.packages else None,
             "epochs": self.epochs,
             "batch_size": self.task.batch_size,
             "settings": asdict(self.task.settings),

@@ -135,11 +135,15 @@ class RandomPhases(LossAware):
         self.draws = torch.Generator().manual_seed(seed)
 
     def _update(self, loss: Tensor, loss_of_batch: LossOfBatch) -> None:
-        counts = self.phase_counts if any(self.phase_counts) else [1, 0, 0]
-        phase = int(torch.multinomial(torch.tensor(counts, dtype=torch.float64), 1, generator=self.draws))
+        phase = self.draw()
         for group in self.optimizer.param_groups:
             group["ema_decay"] = (self.ema_decay[phase],) * 3
         super()._update(loss, loss_of_batch)
+
+    def draw(self) -> int:
+        """The phase of some earlier step; 0 before the first."""
+        counts = self.phase_counts if any(self.phase_counts) else [1, 0, 0]
+        return int(torch.multinomial(torch.tensor(counts, dtype=torch.float64), 1, generator=self.draws))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "draws": self.draws.get_state()}

@@ -80,16 +80,19 @@ def cosine_sgd(setup: Setup) -> Stepper:
     return Stepper(optimizer, per_batch=cosine)
 
 
-def sgdr(setup: Setup, first_cycle: int | None = None) -> Stepper:
-    """As run, the first cycle is 10 steps on nets from scratch, where the method's authors mean epochs."""
-    optimizer = _sgd(setup.model.parameters(), setup.settings.sgdr, setup)
-    steps = first_cycle or in_steps(setup.settings.restart_steps, setup.steps_per_epoch)
-    restarts = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, steps, T_mult=2, eta_min=FINAL_LR_OF_COSINES)
-    return Stepper(optimizer, per_batch=restarts)
+def sgdr(setup: Setup) -> Stepper:
+    """As run: the first cycle is 10 steps on nets from scratch, where the method's authors mean epochs."""
+    return _sgdr(setup, in_steps(setup.settings.restart_steps, setup.steps_per_epoch))
 
 
 def sgdr_corrected(setup: Setup) -> Stepper:
-    return sgdr(setup, first_cycle=CORRECTED_RESTART_EPOCHS * setup.steps_per_epoch)
+    return _sgdr(setup, CORRECTED_RESTART_EPOCHS * setup.steps_per_epoch)
+
+
+def _sgdr(setup: Setup, cycle: int) -> Stepper:
+    optimizer = _sgd(setup.model.parameters(), setup.settings.sgdr, setup)
+    restarts = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, cycle, T_mult=2, eta_min=FINAL_LR_OF_COSINES)
+    return Stepper(optimizer, per_batch=restarts)
 
 
 def adam(setup: Setup) -> Stepper:

@@ -1,43 +1,25 @@
-"""The tasks of the paper's benchmark: data, net, layers, batches, settings."""
+"""The tasks of the paper's benchmark: data, net, batches, settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from bench.paper.settings import Settings, from_scratch
+from bench.paper.files import need_folder
+from bench.paper.images import CifarNet, MnistNet, load_cifar10, load_mnist
+from bench.paper.problem import SCRATCH, Options, Problem, layers_by_child
+from bench.paper.settings import Settings, fine_tuning, from_scratch
+from bench.paper.slug import slug
 from bench.paper.synthetic import DraftMLP, load_synthetic_b, load_synthetic_t
+from bench.paper.text import prepare_text
 from bench.tasks import Data, SyntheticMLP, load_synthetic_a
 
-
-@dataclass(frozen=True)
-class Options:
-    """What a user says of a task. `data_dir`: the folder with the data set's files."""
-
-    data_dir: Path | None = None
-
-
-def layers_by_child(model: nn.Module) -> list[list[str]]:
-    """Names of parameters by direct child of the model, in registration order."""
-    return [[f"{child}.{name}" for name, _ in module.named_parameters()] for child, module in model.named_children()]
-
-
-def apply_model(model: nn.Module, x: Tensor) -> Tensor:
-    logits: Tensor = model(x)
-    return logits
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One seed's data and freshly initialised net. `logits` applies the net to a batch, shape [rows, classes]."""
-
-    data: Data
-    model: nn.Module
-    layers: list[list[str]]
-    logits: Callable[[nn.Module, Tensor], Tensor] = apply_model
+TEXT_PACKAGES = ("transformers", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -60,13 +42,22 @@ class PaperTask:
     packages: tuple[str, ...] = ()
 
 
-def _synthetic(load: Callable[[int], Data], build: Callable[[], nn.Module]) -> Callable[[int, Options], Problem]:
-    def prepare(seed: int, options: Options) -> Problem:
-        data = load(seed)
-        model = build()
-        return Problem(data, model, layers_by_child(model))
+def _synthetic(seed: int, options: Options, load: Callable[[int], Data], build: Callable[[], nn.Module]) -> Problem:
+    data = load(seed)
+    model = build()
+    return Problem(data, model, layers_by_child(model))
 
-    return prepare
+
+_loaded = lru_cache(maxsize=1)(lambda load, folder: load(folder))
+
+
+def _images(
+    seed: int, options: Options, load: Callable[[Path], Data], build: Callable[[], nn.Module], files: str
+) -> Problem:
+    data = _loaded(load, need_folder(options.data_dir, files))
+    torch.manual_seed(seed)
+    model = build()
+    return Problem(data, model, layers_by_child(model))
 
 
 TASKS: Mapping[str, PaperTask] = {
@@ -75,7 +66,7 @@ TASKS: Mapping[str, PaperTask] = {
         batch_size=128,
         epochs=80,
         settings=from_scratch(weight_decay=5e-4),
-        prepare=_synthetic(load_synthetic_a, SyntheticMLP),
+        prepare=partial(_synthetic, load=load_synthetic_a, build=SyntheticMLP),
         published="synthetic",
     ),
     "synthetic-b": PaperTask(
@@ -83,7 +74,7 @@ TASKS: Mapping[str, PaperTask] = {
         batch_size=64,
         epochs=80,
         settings=from_scratch(weight_decay=1e-4),
-        prepare=_synthetic(load_synthetic_b, DraftMLP),
+        prepare=partial(_synthetic, load=load_synthetic_b, build=DraftMLP),
         whole_permutation=True,
         published="drafts",
     ),
@@ -92,7 +83,86 @@ TASKS: Mapping[str, PaperTask] = {
         batch_size=64,
         epochs=80,
         settings=from_scratch(weight_decay=1e-4),
-        prepare=_synthetic(load_synthetic_t, DraftMLP),
+        prepare=partial(_synthetic, load=load_synthetic_t, build=DraftMLP),
         whole_permutation=True,
     ),
+    "mnist": PaperTask(
+        title="MNIST",
+        batch_size=128,
+        epochs=5,
+        settings=from_scratch(weight_decay=5e-4),
+        prepare=partial(_images, load=load_mnist, build=MnistNet, files="MNIST's four idx files"),
+    ),
+    "cifar10": PaperTask(
+        title="CIFAR-10",
+        batch_size=128,
+        epochs=50,
+        settings=from_scratch(weight_decay=5e-4),
+        prepare=partial(_images, load=load_cifar10, build=CifarNet, files="CIFAR-10's binary version"),
+        published="cifar10",
+    ),
+    "trec6": PaperTask(
+        title="TREC-6",
+        batch_size=32,
+        epochs=10,
+        settings=fine_tuning(lr_adam=3e-5, lr_sgd=3e-4),
+        prepare=partial(prepare_text, "trec6"),
+        published="trec6",
+        packages=TEXT_PACKAGES,
+    ),
+    "rte": PaperTask(
+        title="RTE",
+        batch_size=32,
+        epochs=10,
+        settings=fine_tuning(),
+        prepare=partial(prepare_text, "rte"),
+        published="rte",
+        packages=TEXT_PACKAGES,
+    ),
+    "imdb": PaperTask(
+        title="IMDb",
+        batch_size=32,
+        epochs=5,
+        settings=fine_tuning(),
+        prepare=partial(prepare_text, "imdb"),
+        published="imdb",
+        packages=TEXT_PACKAGES,
+    ),
 }
+
+#: The learning rates of either set: what a text model that is not pretrained takes, and what one that is takes.
+RATES = ("scratch", "fine-tuning")
+
+
+def with_model(task: PaperTask, options: Options, rates: str | None) -> PaperTask:
+    """The text task with this model and these learning rates, by default those that fit the model.
+
+    Nothing is published for a model from scratch, nor for the other set of rates.
+    """
+    if not task.packages:
+        return task
+    fitting = _fitting_rates(options)
+    title, settings = task.title, task.settings
+    if options.model == SCRATCH:
+        title += " from scratch"
+    if rates not in (None, fitting):
+        title += f", learning rates for {rates}"
+    if (rates or fitting) == "scratch":
+        settings = from_scratch(weight_decay=5e-4)
+    return replace(task, title=title, settings=settings, published=task.published if title == task.title else None)
+
+
+def _fitting_rates(options: Options) -> str:
+    return "scratch" if options.model == SCRATCH else "fine-tuning"
+
+
+def experiment_name(task_name: str, task: PaperTask, options: Options, rates: str | None, epochs: int) -> str:
+    """The folder of the results: the task, and what differs from the paper's way to train it."""
+    parts = [task_name]
+    if task.packages and options.model != Options.model:
+        parts.append(slug(options.model))
+    if task.packages and rates not in (None, _fitting_rates(options)):
+        parts.append(f"{rates}-rates")
+    if epochs != task.epochs:
+        parts.append(f"{epochs}-epochs")
+    return "-".join(parts)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.paper.problem import Options, Problem
 from bench.paper.strategies import STRATEGIES, Setup
-from bench.paper.tasks import Options, PaperTask, Problem
+from bench.paper.tasks import PaperTask
 from bench.tasks import Data
 from bench.training import shuffled_batches
 

@@ -1,0 +1,23 @@
+"""Finding the files of a data set in the folder that the user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def need_folder(folder: Path | None, what: str) -> Path:
+    """The folder itself, or an error that says what to put there."""
+    if folder is None:
+        raise SystemExit(f"error: --data-dir is missing: the folder with {what}")
+    if not folder.is_dir():
+        raise SystemExit(f"error: --data-dir: {folder} is not a folder; it should hold {what}")
+    return folder
+
+
+def find(folder: Path, names: Sequence[str]) -> Path:
+    """The first of these files that is in the folder."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise SystemExit(f"error: none of {', '.join(names)} in {folder}")

@@ -54,12 +54,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(seed: int, tmp_path: Path) -> Non
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.paper_run"])
     draw = random.Random(seed)
-    epochs = 150
+    epochs = 80
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     unbroken = context.Process(target=paper_run.run, args=("DALS", seed, whole, epochs))
     unbroken.start()
     reached = []
-    for _ in range(5):
+    for _ in range(3):
         process = context.Process(target=paper_run.run, args=("DALS", seed, broken, epochs))
         before = broken.stat().st_mtime_ns if broken.exists() else None
         process.start()

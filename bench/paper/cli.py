@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from bench import extras, published
+from bench.paper import report
 from bench.paper.problem import Options
 from bench.paper.results import RESULTS, Experiment
 from bench.paper.runner import Plan, run_all
@@ -25,7 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench paper",
         description="Train a task of arXiv:2604.27295 with the paper's strategies. Runs that are finished are kept in "
-        "the results folder and not done again; one that was killed goes on from its last epoch.",
+        "the results folder and not done again; one that was killed goes on from its last epoch. "
+        "'python -m bench paper report' makes tables and figures of all results.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}")
@@ -77,6 +80,9 @@ def chosen_strategies(names: Sequence[str], parser: argparse.ArgumentParser) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        return report.main(argv[1:])
     parser = build_parser()
     args = parser.parse_args(argv)
     options = Options(data_dir=args.data_dir, model=args.model)
@@ -103,6 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_all(plan, experiment)
     print(f"\n{task.title}, {epochs} epochs\n")
     print(results_table(experiment, task, epochs), "\n")
-    print("\n".join(notes(task, epochs)))
+    print("\n".join(notes(task)))
     print(f"\nresults: {experiment.folder}")
     return 0

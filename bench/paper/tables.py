@@ -59,7 +59,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def notes(task: PaperTask, epochs: int) -> list[str]:
+def notes(task: PaperTask) -> list[str]:
     """What the columns mean and how far they can be trusted."""
     lines = [
         "Accuracy on the test rows in %; with several runs mean ± standard deviation over their seeds.",

@@ -105,7 +105,10 @@ def test_command_line_writes_document_and_figures(results: Path, capsys: pytest.
     assert cli.main(["report", "--results", str(results), "--docs", str(docs)]) == 0
     text = docs.read_text()
     assert text.startswith("# Title\n") and text.endswith("-->\nend\n")
-    assert "DALS-Acc" in text and "DALS-Acc" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "DALS-Acc" in text and "DALS-Acc" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["synthetic-b-2-epochs", "2", "1", "variants", "of", "DALS", "2", "2", "0.0"] in rows
     for name in ("paper-accuracy.png", "paper-time.png", "paper-ranks.png"):
         assert (docs.parent / name).read_bytes().startswith(b"\x89PNG")
 

@@ -34,7 +34,10 @@ Shown = Sequence[tuple[str, Experiment]]
 
 
 def draw_curves(shown: Shown, path: Path, by_time: bool = False) -> None:
-    """Mean test accuracy over the seeds after each epoch, one panel per experiment, against epochs or seconds."""
+    """Mean test accuracy over the seeds after each epoch, one panel per experiment.
+
+    `by_time`: the best mean so far against the seconds that the training steps took.
+    """
     figure = Figure(figsize=(12, 1.6 + 4.2 * math.ceil(len(shown) / COLUMNS)), layout="constrained")
     panels = figure.subplots(math.ceil(len(shown) / COLUMNS), COLUMNS, squeeze=False).flat
     handles = {}
@@ -43,8 +46,11 @@ def draw_curves(shown: Shown, path: Path, by_time: bool = False) -> None:
         means = {name: _mean(records, lambda record: record.accuracy) for name, records in runs.items()}
         for name, mean in means.items():
             color, line = STYLE[name]
-            seconds = _mean(runs[name], lambda record: list(np.cumsum(record.seconds)))
-            x = seconds if by_time else np.arange(1, len(mean) + 1)
+            if by_time:
+                x = _mean(runs[name], lambda record: list(np.cumsum(record.seconds)))
+                mean = np.maximum.accumulate(mean)
+            else:
+                x = np.arange(1, len(mean) + 1)
             width = 1.8 if name.startswith("DALS") else 1.0
             handles[name], *_ = axis.plot(x, mean, line, color=color, lw=width)
         _frame(axis, title, list(means.values()), by_time)
@@ -63,7 +69,7 @@ def _frame(axis: Axes, title: str, means: Sequence[np.ndarray], by_time: bool) -
     axis.set(
         title=title,
         xlabel="seconds of training steps" if by_time else "epoch",
-        ylabel="test accuracy, %",
+        ylabel="best test accuracy so far, %" if by_time else "test accuracy, %",
         ylim=(low - margin, high + margin),
     )
     if by_time:

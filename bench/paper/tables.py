@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from bench import published
 from bench.paper.results import Experiment, Record
-from bench.paper.strategies import CORRECTED, PUBLISHED
+from bench.paper.strategies import ABLATIONS, CORRECTED, PUBLISHED
 from bench.paper.tasks import PaperTask
 from bench.table import format_epochs, format_table
 
@@ -33,6 +33,29 @@ def results_table(experiment: Experiment, task: PaperTask, epochs: int) -> str:
         if records:
             rows.append(_cells(strategy, records, task, epochs))
     return format_table(HEADER, rows) if rows else "no results"
+
+
+def coverage_table(experiments: Sequence[tuple[str, Experiment]]) -> str:
+    """What has been run: one line per experiment, variants of DALS counted apart."""
+    rows = []
+    for name, experiment in experiments:
+        for kind, strategies in (("strategies", [*PUBLISHED, *CORRECTED]), ("variants of DALS", [*ABLATIONS])):
+            counts = [len(experiment.records(strategy)) for strategy in strategies]
+            runs = [record for strategy in strategies for record in experiment.records(strategy)]
+            if runs:
+                seeds = sorted({count for count in counts if count})
+                hours = sum(sum(record.seconds) for record in runs) / 3600
+                rows.append(
+                    [
+                        name,
+                        str(len(runs[0].accuracy)),
+                        f"{sum(map(bool, counts))} {kind}",
+                        f"{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else str(seeds[0]),
+                        str(len(runs)),
+                        f"{hours:.1f}",
+                    ]
+                )
+    return format_table(["experiment", "epochs", "what", "seeds each", "runs", "hours"], rows)
 
 
 def _cells(strategy: str, records: Sequence[Record], task: PaperTask, epochs: int) -> list[str]:

@@ -14,6 +14,8 @@ from bench.paper.figures import STYLE, ranks
 from bench.paper.report import filled, found, title_of
 from bench.paper.results import Experiment
 from bench.paper.strategies import CORRECTED, PUBLISHED
+from bench.paper.tables import chaos_table
+from bench.paper.tasks import TASKS
 from bench.paper.training import Curves, RunResult
 
 SEEDS = (published.SEED, published.SEED + 100)
@@ -72,6 +74,14 @@ def test_differences_are_taken_seed_by_seed(results: Path) -> None:
     ]
     assert table[3].split() == ["DALS,", "phase", "0", "only", "-", "-"]
     assert ablation_table([("A", Experiment(results / "synthetic-a"))]) == "no results"
+
+
+def test_chaos_table_has_a_column_for_every_nudge(results: Path) -> None:
+    plain, nudged = Experiment(results / "synthetic-a"), Experiment(results / "synthetic-a-nudge-1")
+    add(nudged, "DALS", published.SEED, [49, 48])
+    lines = chaos_table(plain, [nudged], TASKS["synthetic-a"]).splitlines()
+    assert lines[2:] == ["DALS           98.0    70.00           98.00"]
+    assert chaos_table(plain, [], TASKS["synthetic-a"]) == "no results"
 
 
 def test_half_width_is_students() -> None:

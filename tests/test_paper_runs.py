@@ -16,7 +16,7 @@ import torch
 
 from bench import published
 from bench.paper import cli
-from bench.paper.problem import Options, layers_by_child
+from bench.paper.problem import Options, layers_by_child, nudge
 from bench.paper.results import Experiment, Record
 from bench.paper.runner import Plan, run_all
 from bench.paper.slug import slug
@@ -108,6 +108,15 @@ def test_a_run_equals_itself_and_depends_on_its_seed(tmp_path: Path, seed: int) 
     assert runs[0].curves.loss == runs[1].curves.loss != runs[2].curves.loss
 
 
+def test_a_nudge_changes_one_bit_of_one_weight(seed: int) -> None:
+    plain, nudged = (paper_run.prepare(seed, Options()).model for _ in range(2))
+    nudge(nudged, 7)
+    pairs = list(zip(plain.parameters(), nudged.parameters(), strict=True))
+    differences = [(a.view(torch.int32) - b.view(torch.int32)).abs() for a, b in pairs]
+    assert sum(int(d.sum()) for d in differences) == 1
+    assert differences[0].view(-1)[7] == 1
+
+
 def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.file("DALS").write_text('{"strategy": "DALS", "runs": [{"seed": 1}]}')
@@ -191,6 +200,7 @@ def test_files_of_strategies_differ() -> None:
         (["synthetic-b", "--strategies", "Sgd"], "neither a group"),
         (["synthetic-b", "--epochs", "0"], "--epochs must be at least 1"),
         (["synthetic-b", "--seeds", "0"], "--seeds must be at least 1"),
+        (["synthetic-b", "--nudge", "-1"], "--nudge must be at least 0"),
         (["synthetic-c"], "invalid choice"),
     ],
 )

@@ -58,6 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rates", choices=RATES, default=argparse.SUPPRESS, help="for texts: learning rates (default: by --model)"
     )
+    parser.add_argument(
+        "--nudge",
+        type=int,
+        default=0,
+        metavar="N",
+        help="change the last bit of the N-th initial weight, to see how chaotic training is; results of their own",
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, mps, ...")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU; the published figures need 1")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -85,11 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report.main(argv[1:])
     parser = build_parser()
     args = parser.parse_args(argv)
-    options = Options(data_dir=args.data_dir, model=args.model)
+    options = Options(data_dir=args.data_dir, model=args.model, nudge=args.nudge)
     rates: str | None = getattr(args, "rates", None)
     task = with_model(TASKS[args.task], options, rates)
     strategies = chosen_strategies(args.strategies, parser)
     epochs: int = getattr(args, "epochs", task.epochs)
+    if args.nudge < 0:
+        parser.error(f"--nudge must be at least 0, not {args.nudge}")
     for option, value in (("--epochs", epochs), ("--seeds", args.seeds), ("--threads", args.threads)):
         if value < 1:
             parser.error(f"{option} must be at least 1, not {value}")

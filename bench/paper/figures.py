@@ -58,7 +58,7 @@ def draw_curves(shown: Shown, path: Path, by_time: bool = False) -> None:
         axis.set_visible(False)
     ordered = [name for name in STYLE if name in handles]
     figure.legend([handles[name] for name in ordered], ordered, loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=85)
 
 
 def _frame(axis: Axes, title: str, means: Sequence[np.ndarray], by_time: bool) -> None:
@@ -116,4 +116,4 @@ def draw_ranks(shown: Shown, path: Path) -> None:
         axis.set_title(f"Rank {title}", fontsize=10)
         axis.set_xticks(range(len(shown)), [label for label, _ in shown], rotation=30, ha="right", fontsize=8)
         axis.set_yticks(range(len(names)), names)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=85)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from bench.tasks import Data
@@ -18,11 +19,12 @@ class Options:
     """What a user says of a task.
 
     `data_dir`: the folder with the data set's files. `model`: for texts, a name or folder that transformers knows, or
-    "scratch" for a small net that is not pretrained.
+    "scratch" for a small net that is not pretrained. `nudge`: 0, or which initial weight is changed in its last bit.
     """
 
     data_dir: Path | None = None
     model: str = "distilbert-base-uncased"
+    nudge: int = 0
 
 
 def apply_model(model: nn.Module, x: Tensor) -> Tensor:
@@ -47,3 +49,11 @@ class Problem:
 def layers_by_child(model: nn.Module) -> list[list[str]]:
     """Names of parameters by direct child of the model, in registration order."""
     return [[f"{child}.{name}" for name, _ in module.named_parameters()] for child, module in model.named_children()]
+
+
+@torch.no_grad()
+def nudge(model: nn.Module, index: int) -> None:
+    """Move one weight of the first layer to the next larger float: what differs afterwards is chaos."""
+    weights = next(model.parameters()).view(-1)
+    place = index % len(weights)
+    weights[place] = torch.nextafter(weights[place], torch.tensor(float("inf")).to(weights))

@@ -12,7 +12,7 @@ from bench import extras
 from bench.paper.ablation import ablation_table
 from bench.paper.results import RESULTS, Experiment
 from bench.paper.strategies import CORRECTED, PUBLISHED
-from bench.paper.tables import coverage_table, notes, results_table
+from bench.paper.tables import chaos_table, coverage_table, notes, results_table
 from bench.paper.tasks import TASKS, PaperTask
 
 FEWEST_STRATEGIES = 5
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench paper report",
         description="Tables of all results. With --docs also figures beside that file, and the tables in it: the text "
         "between the lines '<!-- begin NAME -->' and '<!-- end NAME -->' is replaced, NAME being a folder of the "
-        "results, 'ablations' or 'coverage'.",
+        "results, 'ablations', 'chaos' or 'coverage'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     if not folders:
         raise SystemExit(f"error: no results in {args.results}; python -m bench paper TASK makes some")
     blocks = {folder.name: text_of(folder) for folder in folders}
+    nudged = [Experiment(folder) for folder in folders if re.fullmatch(r"synthetic-a-nudge-\d+", folder.name)]
+    blocks["chaos"] = chaos_table(Experiment(args.results / "synthetic-a"), nudged, TASKS["synthetic-a"])
     blocks["coverage"] = coverage_table([(folder.name, Experiment(folder)) for folder in folders])
     blocks["ablations"] = ablation_table([(title_of(folder), Experiment(folder)) for folder in folders])
     for name, text in blocks.items():

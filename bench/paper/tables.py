@@ -35,6 +35,22 @@ def results_table(experiment: Experiment, task: PaperTask, epochs: int) -> str:
     return format_table(HEADER, rows) if rows else "no results"
 
 
+def chaos_table(plain: Experiment, nudged: Sequence[Experiment], task: PaperTask) -> str:
+    """Best epochs with seed 42: as it is, and with one initial weight changed in its last bit, by strategy."""
+    rows = []
+    for strategy in PUBLISHED:
+        if any(experiment.file(strategy).exists() for experiment in nudged):
+            values = [_best_of_reference(experiment, strategy) for experiment in (plain, *nudged)]
+            rows.append([strategy, f"{published.BEST[task.published or ''][strategy]:.1f}", *values])
+    header = ["strategy", "published", "seed 42", *(f"weight {i} moved" for i in range(1, len(nudged) + 1))]
+    return format_table(header, rows) if rows else "no results"
+
+
+def _best_of_reference(experiment: Experiment, strategy: str) -> str:
+    best = [record.best for record in experiment.records(strategy) if record.seed == published.SEED]
+    return f"{best[0]:.2f}" if best else "-"
+
+
 def coverage_table(experiments: Sequence[tuple[str, Experiment]]) -> str:
     """What has been run: one line per experiment, variants of DALS counted apart."""
     rows = []

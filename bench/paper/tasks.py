@@ -163,6 +163,8 @@ def experiment_name(task_name: str, task: PaperTask, options: Options, rates: st
         parts.append(slug(options.model))
     if task.packages and rates not in (None, _fitting_rates(options)):
         parts.append(f"{rates}-rates")
+    if options.nudge:
+        parts.append(f"nudge-{options.nudge}")
     if epochs != task.epochs:
         parts.append(f"{epochs}-epochs")
     return "-".join(parts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.paper.problem import Options, Problem
+from bench.paper.problem import Options, Problem, nudge
 from bench.paper.strategies import STRATEGIES, Setup
 from bench.paper.tasks import PaperTask
 from bench.tasks import Data
@@ -66,6 +66,8 @@ def train_run(
     deleted by whoever keeps the result.
     """
     problem = task.prepare(seed, options)
+    if options.nudge:
+        nudge(problem.model, options.nudge)
     model = problem.model.to(device)
     steps = math.ceil(len(problem.data.y_train) / task.batch_size)
     setup = Setup(model, problem.layers, steps, epochs, task.settings, seed)

@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="change the last bit of the N-th initial weight, to see how chaotic training is; results of their own",
     )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, mps, ...")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU; the published figures need 1")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     return parser

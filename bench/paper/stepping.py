@@ -150,4 +150,4 @@ class RandomPhases(LossAware):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.draws.set_state(state["draws"])
+        self.draws.set_state(state["draws"].cpu())

@@ -48,7 +48,10 @@ def _synthetic(seed: int, options: Options, load: Callable[[int], Data], build: 
     return Problem(data, model, layers_by_child(model))
 
 
-_loaded = lru_cache(maxsize=1)(lambda load, folder: load(folder))
+@lru_cache(maxsize=1)
+def _loaded(load: Callable[[Path], Data], folder: Path) -> Data:
+    """The data set last used, so that the runs of one command read it once."""
+    return load(folder)
 
 
 def _images(

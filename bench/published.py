@@ -129,10 +129,6 @@ BEST: dict[str, dict[str, float]] = {
 }
 BEST_SYNTHETIC = BEST["synthetic"]
 
-SOURCES = {
-    column: "drafts of arXiv:2604.27295" if column == "drafts" else "arXiv:2604.27295, table 2" for column in BEST
-}
-
 # Table 3: first epoch, counted from 1, with at least 60, 70, 80 and 90 % test accuracy.
 THRESHOLDS = (60.0, 70.0, 80.0, 90.0)
 FIRST_EPOCHS: dict[str, tuple[int, int, int, int]] = {

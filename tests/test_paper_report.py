@@ -104,6 +104,7 @@ def test_document_keeps_what_is_not_generated() -> None:
     x, y = "\n\n    one\n\n    two\n\n", "\n\n    three\n\n"
     assert once == f"a\n<!-- begin x -->{x}<!-- end x -->\nb\n<!-- begin y -->{y}<!-- end y -->\n"
     assert filled(once, {"x": "one\n\ntwo", "y": "three"}, "doc.md") == once
+    assert "not run yet" in filled("<!-- begin mnist -->\n<!-- end mnist -->", {}, "doc.md")
     with pytest.raises(SystemExit, match=r"doc\.md has a place for 'y'"):
         filled(document, {"x": "one"}, "doc.md")
 

@@ -118,6 +118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_all(plan, experiment)
     print(f"\n{task.title}, {epochs} epochs\n")
     print(results_table(experiment, task, epochs), "\n")
-    print("\n".join(notes(task)))
+    print("\n".join(notes()))
     print(f"\nresults: {experiment.folder}")
     return 0

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench paper report",
         description="Tables of all results. With --docs also figures beside that file, and the tables in it: the text "
         "between the lines '<!-- begin NAME -->' and '<!-- end NAME -->' is replaced, NAME being a folder of the "
-        "results, 'ablations', 'chaos' or 'coverage'.",
+        "results, 'ablations', 'chaos', 'coverage' or 'notes'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if not folders:
         raise SystemExit(f"error: no results in {args.results}; python -m bench paper TASK makes some")
     blocks = {folder.name: text_of(folder) for folder in folders}
+    blocks["notes"] = "\n".join(notes())
     nudged = [Experiment(folder) for folder in folders if re.fullmatch(r"synthetic-a-nudge-\d+", folder.name)]
     blocks["chaos"] = chaos_table(Experiment(args.results / "synthetic-a"), nudged, TASKS["synthetic-a"])
     blocks["coverage"] = coverage_table([(folder.name, Experiment(folder)) for folder in folders])
@@ -74,12 +75,12 @@ def title_of(folder: Path) -> str:
 
 
 def text_of(folder: Path) -> str:
-    """Table and notes of one experiment."""
+    """The table of one experiment."""
     experiment, task = Experiment(folder), TASKS[task_name(folder)]
     epochs = epochs_of(experiment, task)
     if folder.name != task_name(folder):
         task = replace(task, published=None)  # something else was trained than what the paper did
-    return "\n".join([results_table(experiment, task, epochs), "", *notes(task)])
+    return results_table(experiment, task, epochs)
 
 
 def epochs_of(experiment: Experiment, task: PaperTask) -> int:
@@ -104,13 +105,18 @@ def draw(folders: Sequence[Path], target: Path) -> None:
 
 
 def filled(document: str, blocks: dict[str, str], name: str) -> str:
-    """The document with each marked place holding its block, as an indented code block."""
+    """The document with each marked place holding its block, as an indented code block.
+
+    The place of an experiment without results says so.
+    """
 
     def put(match: re.Match[str]) -> str:
         block = match[1]
-        if block not in blocks:
-            raise SystemExit(f"error: {name} has a place for {block!r}, which is none of {', '.join(blocks)}")
-        lines = "\n".join(f"    {line}".rstrip() for line in blocks[block].splitlines())
+        if block not in blocks and not block.startswith(tuple(TASKS)):
+            raise SystemExit(
+                f"error: {name} has a place for {block!r}, which is none of {', '.join(blocks)} and no task"
+            )
+        lines = "\n".join(f"    {line}".rstrip() for line in blocks.get(block, "not run yet").splitlines())
         return f"<!-- begin {block} -->\n\n{lines}\n\n<!-- end {block} -->"
 
     return re.sub(r"<!-- begin (\S+) -->\n.*?<!-- end \1 -->", put, document, flags=re.DOTALL)

@@ -22,9 +22,7 @@ RATIO = 1024
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
-def run(
-    preset: str, path: str, dtype: torch.dtype, steps: int = STEPS, *, resync: bool = False, **options: Any
-) -> Any:
+def run(preset: str, path: str, dtype: torch.dtype, steps: int = STEPS, *, resync: bool = False, **options: Any) -> Any:
     model = ConvNet().to(dtype)
     oracle = oracle_of(model, preset, **options)
     optimizer = PRESETS[preset](model, foreach=PATHS[path], **options)

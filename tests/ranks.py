@@ -18,6 +18,9 @@ import torch
 #: Seconds that a group of processes may take; the slowest test takes some twenty on two cores.
 PATIENCE = 120
 
+#: Processes of one machine need no name service, which a machine without a network lacks.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if os.path.exists("/sys/class/net/lo") else {}
+
 #: The server that the processes are forked from imports torch once for all of them.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.sharded_runs"])
@@ -72,7 +75,13 @@ def _rank(
     rank: int, world: int, store: str, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "TRITON_INTERPRET": "1"}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "TRITON_INTERPRET": "1",
+        **LOOPBACK,
+    }
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)

@@ -148,7 +148,8 @@ def reduce_replicas(layout: str, net: nn.Module) -> None:
 
 # -- training -----------------------------------------------------------------------------------------------------
 
-STEPS = 6
+#: Steps of a run, and the one before which it is saved.
+STEPS, SAVED = 4, 2
 
 PLAIN: dict[str, Any] = {"lr": 0.1, "momentum": 0.8, "weight_decay": 1e-2, "trust_clip": (0.01, 100.0)}
 
@@ -448,13 +449,13 @@ def replicas_of_hsdp() -> str:
 
 
 def zero(options: dict[str, Any], resume: bool = False) -> tuple[dict[str, Tensor], Any]:
-    """ZeroDALS over hand-made DDP; ``resume``: by way of a checkpoint after three steps, into a fresh one."""
+    """ZeroDALS over hand-made DDP; ``resume``: by way of a checkpoint, into a fresh one."""
     from fused_dals.zero import ZeroDALS
 
     net = model()
     optimizer = ZeroDALS(net, **{**PLAIN, **options})
     for step, (x, y) in enumerate(batches(STEPS)):
-        if resume and step == 3:
+        if resume and step == SAVED:
             optimizer.consolidate_state_dict(to=0)
             box = [optimizer.state_dict() if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(box)
@@ -505,7 +506,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def run_and_save(layout: str, options: dict[str, Any], folder: str, forms: list[str]) -> Outcome:
-    """Six steps, saved after the third in several forms."""
+    """A run that is saved on its way in several forms."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
@@ -513,7 +514,7 @@ def run_and_save(layout: str, options: dict[str, Any], folder: str, forms: list[
     LAYOUTS[layout][0](net)
     optimizer = DALS(net, **{**PLAIN, **options})
     for step, (x, y) in enumerate(batches(STEPS)):
-        if step == 3:
+        if step == SAVED:
             for form in forms:
                 weights, state = get_state_dict(net, optimizer, options=StateDictOptions(**FORMS[form]))
                 if form != "full":
@@ -528,7 +529,7 @@ def run_and_save(layout: str, options: dict[str, Any], folder: str, forms: list[
 
 
 def resume(layout: str, options: dict[str, Any], folder: str, form: str) -> Outcome:
-    """The last three of those steps, from the checkpoint, into a fresh model and optimizer."""
+    """The rest of it, from the checkpoint, in a fresh model and optimizer."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -554,7 +555,7 @@ def resume(layout: str, options: dict[str, Any], folder: str, form: str) -> Outc
         how = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(net, optimizer, saved["optimizer"], options=how)
     for step, (x, y) in enumerate(batches(STEPS)):
-        if step < 3:
+        if step < SAVED:
             continue
         loss = loss_of(net, part(layout, x), part(layout, y))
         optimizer.zero_grad()

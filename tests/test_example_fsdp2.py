@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import LOOPBACK
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
@@ -22,7 +24,7 @@ def torchrun(processes: int, *options: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [*command, str(EXAMPLE), *SMALL, *options],
-        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+        env={**environment, "OMP_NUM_THREADS": "1", **LOOPBACK}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -20,7 +20,7 @@ from tests.ranks import on_ranks
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
-#: Sums of gradients and squares in other orders, over six steps; seen: 4e-7.
+#: Sums of gradients and squares in other orders, over a few steps; seen: 4e-7.
 CLOSE = 2e-6
 
 
@@ -196,8 +196,9 @@ def test_distributed_checkpoints(options: dict[str, Any], tmp_path: Path) -> Non
         for outcome in on_ranks(4, runs.resume, "fsdp", options, str(tmp_path), form):
             assert runs.error(outcome, straight[0]) == 0.0 and outcome.run_state == straight[0].run_state
             assert outcome.state.keys() == straight[0].state.keys()
-        for outcome in on_ranks(2, runs.resume, "fsdp", options, str(tmp_path), form):
-            assert runs.error(outcome, alone("foreach")) < CLOSE
+        if "foreach" in options:
+            for outcome in on_ranks(2, runs.resume, "fsdp", options, str(tmp_path), form):
+                assert runs.error(outcome, alone("foreach")) < CLOSE
 
 
 def test_checkpoints_of_two_ranks_on_four(tmp_path: Path) -> None:

@@ -51,12 +51,17 @@ class Ranks:
         return latency + 2 * (self.count - 1) / self.count * size / self.bandwidth(links)
 
 
+def all_of(gpus: int, links: Links) -> Ranks:
+    """All GPUs, in full nodes."""
+    return Ranks(max(1, gpus // links.node), min(gpus, links.node))
+
+
 def layouts(gpus: int, links: Links) -> Iterator[tuple[str, tuple[Ranks, ...]]]:
     """Name, and the groups that a tensor is split over, FSDP's first: replicas a node, or tensor parallelism in one."""
-    each = min(gpus, links.node)
-    nodes = gpus // each
+    everybody = all_of(gpus, links)
+    nodes, each = everybody.nodes, everybody.each
     yield "DDP", ()
-    yield "FSDP2", (Ranks(nodes, each),)
+    yield "FSDP2", (everybody,)
     if nodes > 1:
         yield f"HSDP ({each} shards)", (Ranks(1, each),)
         yield f"TP {each} + FSDP2", (Ranks(nodes, 1), Ranks(1, each))
@@ -64,11 +69,10 @@ def layouts(gpus: int, links: Links) -> Iterator[tuple[str, tuple[Ranks, ...]]]:
 
 def rows_of(gpus: int, parameters: float, tensors: int, links: Links) -> Iterator[list[str]]:
     """A row per layout: collectives and bytes of norms, their time, that of the loss, the pass, and FSDP2's own."""
-    everybody = Ranks(max(1, gpus // links.node), min(gpus, links.node))
     for name, splits in layouts(gpus, links):
         share = parameters / math.prod(group.count for group in splits)
         norms = sum(group.all_reduce_seconds(BYTES_PER_TENSOR * tensors, links) for group in splits)
-        loss = everybody.all_reduce_seconds(BYTES_OF_LOSS, links)
+        loss = all_of(gpus, links).all_reduce_seconds(BYTES_OF_LOSS, links)
         update = share * BYTES_PER_PARAMETER / links.memory_bandwidth
         # Two all-gathers in bfloat16 and a reduce-scatter in float32 of what FSDP's group holds together.
         moved = [(group.count - 1) * share * (2 * 2 + 4) / group.bandwidth(links) for group in splits[:1]]
@@ -101,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in Links().__dict__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = parser.parse_args(argv)
+    node = arguments.node
+    wrong = [count for count in arguments.gpus if count < 1 or (count > node and count % node)]
+    if node < 1 or wrong:
+        parser.error(f"--gpus: {wrong or arguments.gpus} do not fill nodes of {node}")
     links = Links(**{name: getattr(arguments, name) for name in Links().__dict__})
     print("Predicted, from the assumed links; nothing here is measured.\n")
     print(report(arguments.gpus, arguments.parameters, arguments.tensors, links))

@@ -103,10 +103,16 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
     optimizer = DALS(model, lr=arguments.lr, momentum=0.9, total_steps=arguments.steps)
 
+    first_rank = dist.get_rank() == 0
     history_file = arguments.out / "history.json"
     history: dict[str, list[Any]] = {"loss": [], "phase": []}
     if arguments.resume and not history_file.exists():
         raise SystemExit(f"--resume: {history_file} is not there; run without --resume first")
+    if not arguments.resume and first_rank:  # a run of its own: nothing of an older one is to be gone on from
+        history_file.unlink(missing_ok=True)
+        for old in arguments.out.glob("step-*"):
+            shutil.rmtree(old)
+    dist.barrier()
     if arguments.resume:
         history = json.loads(history_file.read_text())
         weights, state = get_state_dict(model, optimizer)
@@ -116,7 +122,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
             group["total_steps"] = arguments.steps  # the checkpoint's would win
     first = len(history["loss"])
 
-    data, first_rank, began = text(), dist.get_rank() == 0, time.perf_counter()
+    data, began = text(), time.perf_counter()
     bar = tqdm(range(first, arguments.steps), disable=not first_rank, unit="step")
     for step in bar:
         x, y = (some.to(device) for some in batch_of(data, step, arguments.batch))
@@ -134,7 +140,9 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
             weights, state = get_state_dict(model, optimizer)
             save({"model": weights, "optimizer": state}, checkpoint_id=checkpoint(arguments, step + 1))
             if first_rank:  # only now is it the one to go on from; the last two are kept
-                history_file.write_text(json.dumps(history))
+                unfinished = history_file.with_suffix(".part")
+                unfinished.write_text(json.dumps(history))
+                os.replace(unfinished, history_file)
                 for old in sorted(arguments.out.glob("step-*"))[:-2]:
                     shutil.rmtree(old)
     if first_rank:

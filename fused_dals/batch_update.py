@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_dals.foreach import foreach_update
 from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, TensorBatch
 from fused_dals.reference import compute_dtype, reference_update
-from fused_dals.rounding import Rounding, place_key
+from fused_dals.rounding import Rounding
 from fused_dals.scalars import StepScalars
 from fused_dals.sharding import Shards, as_index, is_distributed_tensor
 from fused_dals.stats import TrustRatios
@@ -39,7 +39,7 @@ class BatchUpdate:
         compensations = batch.state_of(state, COMPENSATION_KEY)
         rounding: list[Rounding] = []
         if grad_emas[0].dtype == torch.bfloat16:
-            rounding = [Rounding(place_key(batch.group_index, i), scalars.seed) for i in batch.positions]
+            rounding = [Rounding(key, scalars.seed) for key in batch.rounding_keys()]
         blends = [raw_blends[position] for position in batch.positions]
         tensors: tuple[Any, ...] = (batch.params, batch.grads, grad_emas, momentum_buffers, blends)
         arguments = scalars.of_group(group)
@@ -80,8 +80,9 @@ class BatchUpdate:
             self.scalars.unscale_(self.batch.grads)
         stepped = self.shards.present(self._rows) if self.batch.absent and self.shards is not None else None
         self._take_back(stepped)
-        if is_distributed_tensor(self.batch.owners[0]):
-            torch.autograd.graph.increment_version(self.batch.owners)  # only the shards' own versions have moved
+        distributed = [owner for owner in self.batch.owners if is_distributed_tensor(owner)]
+        if distributed:
+            torch.autograd.graph.increment_version(distributed)  # only the shards' own versions have moved
         return TrustRatios(self.batch.group_index, self.batch.positions, ratios, stepped)
 
     def _unscales(self) -> bool:

@@ -18,7 +18,6 @@ from torch import Tensor
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.host import table_on
 from fused_dals.kernels import layout
-from fused_dals.rounding import place_key
 from fused_dals.sharding import Place
 from fused_dals.worklist import STAGE_B, packed_chunks, packed_work_list
 
@@ -187,7 +186,7 @@ def tensors_of(
         found.groups += [batch.group_index] * len(batch.params)
         found.blends += [blends[batch.group_index][position] for position in batch.positions]
         rounded = found.grad_emas and found.grad_emas[0].dtype == torch.bfloat16
-        found.rounding_keys += [place_key(batch.group_index, i) if rounded else 0 for i in batch.positions]
+        found.rounding_keys += batch.rounding_keys() if rounded else [0] * len(batch.params)
     return found
 
 

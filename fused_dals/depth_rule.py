@@ -59,10 +59,11 @@ def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
         return
     known = set(names)
     if isinstance(rule, Depths):
-        if known and known.isdisjoint(rule):
+        unknown = sorted(known.difference(rule))
+        if unknown:
             raise ValueError(
-                f"{where}: depth knows none of the parameters, whose names are like {', '.join(sorted(known)[:3])}; "
-                f"infer_depths was given a model with names like {', '.join(list(rule)[:3])}"
+                f"{where}: depth does not know parameter {unknown[0]!r}; infer_depths was given a model with names "
+                f"like {', '.join(list(rule)[:3])}"
             )
         return
     for key in rule:

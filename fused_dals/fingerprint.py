@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_dals.sharding import local
 
-_grad, _dtype = attrgetter("grad"), attrgetter("dtype")
+_grad, _dtype, _requires_grad = attrgetter("grad"), attrgetter("dtype"), attrgetter("requires_grad")
 
 
 def _placements(grad: Tensor) -> Any:
@@ -45,7 +45,8 @@ class Fingerprint:
         if any(missing):
             grads = list(compress(grads, map(not_, missing)))
         params, state_tensors = self._params, self._state
-        placements = list(map(_placements, grads)) if distributed else []
+        # Which rows the ranks add up depends on what trains, gradient or not.
+        placements = [*map(_placements, grads), *map(_requires_grad, self._params)] if distributed else []
         if distributed:
             params, grads, state_tensors = ([*map(local, tensors)] for tensors in (params, grads, state_tensors))
         self.grad_addresses = list(map(Tensor.data_ptr, grads))

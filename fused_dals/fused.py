@@ -284,6 +284,7 @@ class FusedPass:
             self.group_table.scalars,
             bucket.ratios,
             bucket.ready,
+            bucket.counters[1],
             count,
             BLOCK=layout.RATIOS_BLOCK,
             num_warps=4,

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fused_dals.sharding import Place, is_distributed_tensor, like, local, split_over, why_flattened, why_not_sharded
+from fused_dals.rounding import place_key
+from fused_dals.sharding import (
+    Place,
+    is_distributed_tensor,
+    like,
+    local,
+    shard_number,
+    split_over,
+    why_apart,
+    why_flattened,
+    why_not_sharded,
+)
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,6 +51,11 @@ class TensorBatch:
 
     def __post_init__(self) -> None:
         self.owners = self.owners or list(self.params)
+
+    def rounding_keys(self) -> list[int]:
+        """Of each, for stochastic rounding."""
+        shard = shard_number(self.split_over)
+        return [place_key(self.group_index, position, shard) for position in self.positions]
 
     @property
     def places(self) -> list[Place]:
@@ -132,8 +148,8 @@ def _problem(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mappi
     if is_distributed_tensor(param) != is_distributed_tensor(grad):
         kinds = ("a plain tensor", "a DTensor")
         return f"it is {kinds[is_distributed_tensor(param)]} and its gradient {kinds[is_distributed_tensor(grad)]}"
-    if is_distributed_tensor(param) and local(param).shape != local(grad).shape:
-        return f"its shard has shape {tuple(local(param).shape)} and that of its gradient {tuple(local(grad).shape)}"
+    if problem := why_apart(param, grad):
+        return problem
     if grad.layout != torch.strided:
         return f"its gradient is sparse ({grad.layout}); make it dense, e.g. nn.Embedding(..., sparse=False)"
     for what, dtype in (("it", param.dtype), ("its gradient", grad.dtype)):

@@ -40,6 +40,10 @@ class LossAverage:
         return LossAverage(self.setting)  # process groups cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.setting:
+            raise TypeError(
+                "an optimizer with loss_group= cannot be pickled, because process groups cannot: save its state_dict()"
+            )
         return {**self.__dict__, "_group": None, "_world": None}
 
     def active(self) -> bool:
@@ -57,7 +61,11 @@ class LossAverage:
 
     def is_open(self) -> bool:
         """Whether a sum may be started before all ranks are known to be at their step."""
-        return self._world is not None and self.active() and self._world is torch.distributed.group.WORLD
+        return self.active() and self.is_of_this_world(self._world)
+
+    def is_of_this_world(self, world: Any) -> bool:
+        """Whether this was the default group when something began, and still is."""
+        return world is not None and torch.distributed.is_initialized() and world is torch.distributed.group.WORLD
 
     def start(self, total: Tensor | None, count: int, device: torch.device) -> OnItsWay:
         """Begin to add up; ``total`` may be anywhere, the sum will be on ``device``."""
@@ -65,15 +73,23 @@ class LossAverage:
         if total is not None:
             values[0].copy_(host.scalars_on(device, total))
             values[1].fill_(count)
-        return OnItsWay(values, torch.distributed.all_reduce(values, group=self._group, async_op=True))
+        work = torch.distributed.all_reduce(values, group=self._group, async_op=True)
+        return OnItsWay(values, work, total, count, self._world)
+
+    def any_rank(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is true on any rank; waits for all of them."""
+        self.open()
+        mine = torch.tensor(float(flag), dtype=host.widest(device), device=device)
+        return bool(self.start(mine, 1, device).wait()[0])
 
 
 class OnItsWay:
-    """A sum over ranks that has been started."""
+    """A sum over ranks that has been started, and what this rank has put in."""
 
-    def __init__(self, values: Tensor, work: Any) -> None:
+    def __init__(self, values: Tensor, work: Any, total: Tensor | None, count: int, world: Any) -> None:
         self._values = values
         self._work = work
+        self.total, self.count, self.world = total, count, world
 
     def wait(self) -> Tensor:
         """(sum, count) of the losses of all ranks; makes the device wait, not the host, where the backend can."""

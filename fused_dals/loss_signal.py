@@ -51,17 +51,17 @@ class LossSignal:
     def __init__(self, average: LossAverage | None = None) -> None:
         self.average = LossAverage() if average is None else average
         self._home: torch.device | None = None  # where the last step wanted it
+        self._flight: OnItsWay | None = None
         self.forget()
 
     def forget(self) -> None:
-        """As if no loss had been observed, ever."""
+        """As if no loss had been observed, ever; but other ranks count on a sum that is on its way."""
         self.observed = False  # since this process made, loaded or copied it
         self.pending: Tensor | None = None  # their sum
         self.seen_outside_capture = False  # whether one of them was observed while no graph was being captured
         self._count = 0
         self._calls = 0  # of observe, since the last step
         self._earlier_calls: list[int] = []  # before the last two steps
-        self._flight: OnItsWay | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not what watch_loss watches for: it says so once, if nobody hands it losses.
@@ -85,6 +85,7 @@ class LossSignal:
 
     def take(self, device: torch.device) -> StepLoss:
         """Hand over the losses of this step, on ``device``, those of all ranks where there are several."""
+        self._take_back()
         if self.average.active():
             self.average.open()
             if self._flight is None:
@@ -98,6 +99,17 @@ class LossSignal:
         self._home, self._calls = device, 0
         self.seen_outside_capture = self.pending is not None
         return taken
+
+    def _take_back(self) -> None:
+        """Take losses out of a sum whose ranks are gone: torch.distributed was ended, or begun anew."""
+        flight = self._flight
+        if flight is None or self.average.is_of_this_world(flight.world):
+            return
+        if flight.total is not None:
+            others = 0.0 if self.pending is None else host.scalars_on(flight.total.device, self.pending)
+            self.pending = flight.total + others
+            self._count += flight.count
+        self._flight = None
 
     def _is_last(self) -> bool:
         """Whether no other loss is to be expected before the step: there were as many before the last two steps."""

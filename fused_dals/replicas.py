@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fused_dals.gather import parameter_label
 from fused_dals.sharding import is_distributed_tensor, local
 
-#: Elements that are hashed at a time, so that a look at the weights takes 32 MiB and not another copy of them.
+#: Elements that are hashed at a time: a few times 32 MiB of memory, and not several copies of the weights.
 PIECE = 1 << 22
 
 #: Odd multipliers: 2^64 over the golden ratio for places, that of a well-known 64-bit LCG for mixing.
@@ -27,7 +27,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas_every(optimizer: Optimizer, steps: int, process_group: Any = None) -> RemovableHandle:
-    """Compare the weights of all replicas after every ``steps``-th step; a difference is an error on all of them.
+    """Compare the weights of all replicas after every ``steps``-th step; a difference is an error on all its ranks.
 
     Args:
         optimizer: any optimizer, also a ZeroRedundancyOptimizer.
@@ -38,8 +38,8 @@ def check_replicas_every(optimizer: Optimizer, steps: int, process_group: Any = 
     Returns a handle whose ``remove()`` ends it.
 
     Raises:
-        ValueError: steps is not a positive integer. RuntimeError, from ``step``: the replicas differ; it names the
-            first parameter, in the order of the groups, whose bits differ.
+        ValueError: steps is not a positive integer. RuntimeError, from ``step``, on the ranks that hold replicas that
+            differ: it names the first such parameter, in the order of the groups.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"check_replicas_every: steps must be a positive integer, got {steps!r}")

@@ -4,8 +4,8 @@ The rules, which kernels/rounding.py follows bit for bit:
 
 - *Stochastic rounding.* A float32 value lies between two bfloat16 neighbours; it goes to the upper one with probability
   (distance to the lower) / (their distance), so that its expectation is itself and small updates are not lost. The
-  random bits are a hash of (completed steps, place of the parameter in its group, index of the element): no generator,
-  no state, the same bits in every rerun and after every resume.
+  random bits are a hash of (completed steps, place of the parameter in its group, which shard of it, index of the
+  element in that): no generator, no state, the same bits in every rerun and after every resume on as many ranks.
 - *Compensation.* A float32 weight w is stored as ``param``, w rounded to the nearest bfloat16, ties away from zero, and
   an int16 ``compensation``, the difference of their bit patterns. Both together are w exactly, NaN payloads apart.
   Ties to even cannot be held this way: 65,537 float32 values round to one even bfloat16, and int16 has 65,536.
@@ -23,9 +23,10 @@ IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 _LOW_32 = 0xFFFFFFFF
 
 
-def place_key(group_index: int, position: int) -> int:
-    """What tells one parameter's random bits from another's: where it stands in param_groups."""
-    return _mix((group_index << 20) + position + 1)
+def place_key(group_index: int, position: int, shard: int = 0) -> int:
+    """What tells one parameter's random bits from another's: where it stands in param_groups, and which shard it is."""
+    key = _mix((group_index << 20) + position + 1)
+    return _mix(key ^ shard) if shard else key
 
 
 def step_seed(completed_steps: Tensor) -> Tensor:

@@ -97,6 +97,25 @@ def why_flattened(param: Tensor, position: int, known: Sequence[tuple[int, ...]]
     )
 
 
+def why_apart(param: Any, grad: Any) -> str:
+    """Why a gradient is not that of this rank's shard; empty where it is."""
+    if not is_distributed_tensor(param):
+        return ""
+    if param.device_mesh != grad.device_mesh:
+        return f"it is distributed over {param.device_mesh}, and its gradient over {grad.device_mesh}"
+    if param.placements != grad.placements or local(param).shape != local(grad).shape:
+        return f"it is placed as {param.placements}, and its gradient as {grad.placements}"
+    return ""
+
+
+def shard_number(over: tuple[Any, ...]) -> int:
+    """Which of the shards this rank holds, of a tensor that is split over these process groups; 0 for a whole one."""
+    number = 0
+    for group in over:
+        number = number * torch.distributed.get_world_size(group) + torch.distributed.get_rank(group)
+    return number
+
+
 def _megatron_ranks() -> int:
     """Ranks of Megatron's tensor parallel group; 0 where Megatron cannot be asked."""
     parallel_state: Any = sys.modules.get("megatron.core.parallel_state")
@@ -266,6 +285,14 @@ class Partitions:
     def __deepcopy__(self, memo: dict[int, Any]) -> Partitions:
         return self  # process groups cannot be copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError(
+                "an optimizer with partition_group= cannot be pickled, because process groups cannot: save its "
+                "state_dict()"
+            )
+        return self.__dict__
+
     def sum(self, scan: Tensor | None, found_inf: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows of sums of squares and counts, and a GradScaler's flag, of all partitions; one collective."""
         values = torch.zeros(3, dtype=torch.float64, device=device)
@@ -275,6 +302,10 @@ class Partitions:
             values[2] = found_inf.reshape(())
         torch.distributed.all_reduce(values, group=self.group)
         return values[:2].reshape(1, 2), values[2]
+
+    def any_rank(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is true for any partition; waits for them."""
+        return bool(self.sum(None, torch.tensor(float(flag), dtype=torch.float64, device=device), device)[1])
 
 
 def short(squares: Tensor) -> Tensor:

@@ -44,13 +44,15 @@ class Stepper:
         """
         runtime = self.runtime
         runtime.live_groups.check(self.groups)
-        if runtime.distributed or runtime.steady is None:
+        if runtime.distributed:
             settle_gradients(self.groups)
         if grad_scale is not None:
             own_gradients(self.groups)
         steady = self._resume()
-        batches = [] if steady else gather(self.groups, self.state, runtime.shapes)
+        batches: list[TensorBatch] = []
         if not steady:
+            settle_gradients(self.groups)
+            batches = gather(self.groups, self.state, runtime.shapes)
             self._check_memory(batches)
             runtime.distributed = any(is_distributed_tensor(owner) for batch in batches for owner in batch.owners)
             runtime.shards = Shards.of(self.groups, runtime.shards)
@@ -69,7 +71,7 @@ class Stepper:
         if steady:
             self._run([steady.fused], [], home, found_inf, grad_scale)
             return
-        only_creates_state = self._only_creates_state(batches)
+        only_creates_state = self._only_creates_state(batches, home)
         if not capturing:
             create_missing_state(self.groups, self.state, flat=self._flat)
         if only_creates_state:
@@ -144,6 +146,11 @@ class Stepper:
     def _home(self, batches: Sequence[TensorBatch]) -> torch.device:
         """Where the run state lives: with parameters that are stepped, on a GPU if there is one, and where it was."""
         devices = list(dict.fromkeys(map(_device, batches)))
+        if not devices and self.runtime.loss.average.active():
+            # Nothing to step here, but sums to take part in, where the other ranks have theirs.
+            devices = list(dict.fromkeys(param.device for group in self.groups for param in group["params"]))
+            if not devices and torch.cuda.is_available():
+                devices = [torch.device("cuda", torch.cuda.current_device())]
         have = self.runtime.state.values.device
         off_host = [device for device in devices if device.type != "cpu"] or devices
         return have if have in off_host or not off_host else off_host[0]
@@ -313,23 +320,30 @@ class Stepper:
             return
         self.runtime.warn_once("loss", NO_LOSS_WARNING.format(optimizer=self.name))
 
-    def _only_creates_state(self, batches: Sequence[TensorBatch]) -> bool:
+    def _only_creates_state(self, batches: Sequence[TensorBatch], home: torch.device) -> bool:
         """Whether this is the call by which distributed checkpointing makes an optimizer create its state.
 
         It calls step() once with lr 0 and zero gradients, without a loss; such a call must leave weights, counters
         and phase alone. The look at the gradients waits for the device, but only a first step with lr 0 gets there.
-        Ranks that share parameters must agree on it, or one would wait for the others' norms.
+        All ranks must agree on it, or one would wait for the others' norms and losses.
         """
-        shards = self.runtime.shards
-        if self.state or (shards is None and (self.runtime.loss.observed or not batches)):
+        runtime = self.runtime
+        alone = runtime.shards is None and runtime.partitions.group is None and not runtime.loss.average.active()
+        if self.state or (alone and not batches):
             return False
         if not host.knows(self.runtime.state.values) or self.runtime.state.numbers()["step"]:
             return False
         lrs = [group["lr"] for group in self.groups]
         if any(isinstance(lr, Tensor) and not host.knows(lr) for lr in lrs) or any(float(lr) != 0 for lr in lrs):
             return False
-        steps = self.runtime.loss.observed or any(bool(grad.any()) for batch in batches for grad in batch.grads)
-        return not (steps if shards is None else shards.any_rank(steps))
+        steps = runtime.loss.observed or any(bool(grad.any()) for batch in batches for grad in batch.grads)
+        if runtime.loss.average.active():
+            steps = runtime.loss.average.any_rank(steps, home)
+        if runtime.shards is not None:
+            steps = runtime.shards.any_rank(steps)
+        if runtime.partitions.group is not None:
+            steps = runtime.partitions.any_rank(steps, home)
+        return not steps
 
 
 def _device(batch: TensorBatch) -> torch.device:

@@ -29,7 +29,8 @@ class ZeroDALS(ZeroRedundancyOptimizer):
         options: the other arguments of ``optimizer_class``.
 
     ``step(closure, loss=loss)``, ``observe_loss`` and ``watch_loss`` as of DALS. ``consolidate_state_dict(to=rank)``
-    before ``state_dict()``, as of ZeroRedundancyOptimizer; ``load_state_dict`` resumes bit for bit.
+    before ``state_dict()``, as of ZeroRedundancyOptimizer; ``load_state_dict`` resumes bit for bit. The optimizer of
+    this rank's parameters is ``local``; it calls them by their places, not by names.
 
     Raises:
         TypeError: parameters have no names, or optimizer_class is none of ours. ValueError: a name has no depth.
@@ -47,6 +48,8 @@ class ZeroDALS(ZeroRedundancyOptimizer):
     ) -> None:
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, DALS)):
             raise TypeError(f"ZeroDALS: optimizer_class must be DALS or a preset of it, got {optimizer_class!r}")
+        if depth is not None and not isinstance(depth, Mapping):
+            raise TypeError(f"ZeroDALS: depth must be a dict of names to depths, got {type(depth).__name__}")
         groups, name_of = _without_names(params)
         depths = depths_from_names([list(name_of.values())]) if depth is None else depth
         without = [name for name in name_of.values() if name not in depths]
@@ -67,6 +70,17 @@ class ZeroDALS(ZeroRedundancyOptimizer):
         optimizer: DALS = self.optim
         return optimizer
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is being built: depths are ranks in the whole model, which later parameters would shift.
+
+        Raises RuntimeError afterwards, on all ranks alike.
+        """
+        if hasattr(self, "optim"):
+            raise RuntimeError(
+                "ZeroDALS cannot take parameters later: build one over all that will train, and load the state"
+            )
+        super().add_param_group(param_group)
+
     def observe_loss(self, loss: Tensor | float) -> None:
         """As of DALS."""
         self.local.observe_loss(loss)
@@ -84,7 +98,19 @@ class ZeroDALS(ZeroRedundancyOptimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned on any rank: this rank takes what is its own, checked as by DALS."""
+        """Load what ``state_dict`` returned on any rank: this rank takes what is its own, checked as by DALS.
+
+        Raises ValueError or TypeError, on all ranks alike, where groups or their sizes are not this optimizer's.
+        """
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+            raise TypeError("checkpoint must be a dict with 'state' and 'param_groups', as state_dict() returns it")
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group.get("params", ())) for group in state_dict["param_groups"]]
+        if sizes != saved_sizes:
+            raise ValueError(f"checkpoint: its groups have {saved_sizes} parameters, and this optimizer's {sizes}")
+        missing = {*range(sum(sizes))}.difference(state_dict["state"])
+        if missing and state_dict["state"]:
+            raise ValueError(f"checkpoint: state of parameter {min(missing)} is missing; consolidate it on all ranks")
         own = self.local.state_dict()
         index_of = {param: index for index, param in enumerate(_params(self.local.param_groups))}
         state = {
@@ -92,11 +118,6 @@ class ZeroDALS(ZeroRedundancyOptimizer):
             for index, param in enumerate(_params(self.param_groups))
             if param in index_of and index in state_dict["state"]
         }
-        if len(state_dict["param_groups"]) != len(own["param_groups"]):
-            raise ValueError(
-                f"checkpoint: it has {len(state_dict['param_groups'])} groups, and this optimizer has "
-                f"{len(own['param_groups'])}"
-            )
         groups = [
             {**saved, "params": mine["params"]}
             for saved, mine in zip(state_dict["param_groups"], own["param_groups"], strict=True)

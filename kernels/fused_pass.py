@@ -36,6 +36,7 @@ DIMS = tl.constexpr(layout.DIMS)
 ROUNDING_KEY = tl.constexpr(layout.ROUNDING_KEY)
 NORMS_ROW = tl.constexpr(layout.NORMS_ROW)
 NORMS_WIDTH = tl.constexpr(layout.NORMS_WIDTH)
+DROPPED = tl.constexpr(layout.DROPPED)
 TENSOR_WIDTH = tl.constexpr(len(layout.TENSOR_COLUMNS))
 SCALAR_WIDTH = tl.constexpr(len(layout.SCALAR_COLUMNS))
 WIDE = tl.constexpr(layout.WIDE)
@@ -202,12 +203,13 @@ def ratios_of_norms(
     scalars,  # float32 [groups, SCALAR_WIDTH]
     ratios,  # float32 [n]: r, written
     ready,  # int32 [n], set to 1
+    counter,  # int32 [1]: of stage B's list, DROPPED where the step is dropped and r stays as it was
     count,  # n
     BLOCK: tl.constexpr,
 ):
     """Between the stages of a pass over shards: r of every tensor from norms that other ranks have had a part in."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
+    mask = (at < count) & (tl.load(counter) < DROPPED)
     row = tensors + at * TENSOR_WIDTH
     norm = norms + tl.load(row + NORMS_ROW, mask=mask, other=0) * NORMS_WIDTH
     group = scalars + tl.load(row + GROUP, mask=mask, other=0) * SCALAR_WIDTH

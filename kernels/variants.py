@@ -27,7 +27,8 @@ SCAN_SIGNATURE = {
 }  # fmt: skip
 
 RATIOS_SIGNATURE = {
-    "tensors": "*i64", "norms": "*fp64", "scalars": "*fp32", "ratios": "*fp32", "ready": "*i32", "count": "i32",
+    "tensors": "*i64", "norms": "*fp64", "scalars": "*fp32", "ratios": "*fp32", "ready": "*i32", "counter": "*i32",
+    "count": "i32",
 }  # fmt: skip
 
 #: parameter, gradient, state; compensated; written back unscaled; shards

@@ -495,6 +495,109 @@ def refused_wrappers() -> dict[str, str]:
     return said
 
 
+# -- where ranks might part ways ----------------------------------------------------------------------------------
+
+
+def loading_under_way() -> list[float]:
+    """Rank 0 alone has losses, and a sum is on its way when the state is loaded. E after every step."""
+    net = model()
+    optimizer = DALS(net, foreach=True, **PLAIN)
+    seen = []
+    for step in range(6):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        if dist.get_rank() == 0:
+            optimizer.observe_loss(1.0 + step)
+        if step == 3:
+            optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        seen.append(optimizer.state_dict()["param_groups"][0]["loss_ema"])
+    return seen
+
+
+def after_the_end() -> list[float]:
+    """torch.distributed is ended with a sum on its way: the loss is not lost, and the run goes on by itself."""
+    net = model()
+    optimizer = DALS(net, foreach=True, **PLAIN)
+    seen = []
+    for step in range(5):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.observe_loss(1.0 + step)
+        if step == 3:
+            dist.barrier()
+            dist.destroy_process_group()
+        optimizer.step()
+        seen.append(optimizer.state_dict()["param_groups"][0]["loss_ema"])
+    return seen
+
+
+def first_step_at_rest(options: dict[str, Any]) -> list[int]:
+    """lr 0 in the first step, as a warm-up has it; the gradients of one rank are zeros, the other has the loss."""
+    groups = {key: dist.group.WORLD for key in options}
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = DALS([("w", p)], lr=0.0, depth=0.5, **groups)
+    for step in range(2):
+        p.grad = torch.zeros(3) if dist.get_rank() == 0 and step == 0 else torch.ones(3)
+        optimizer.step(loss=1.0 if dist.get_rank() == 1 else None)
+        optimizer.param_groups[0]["lr"] = 0.1
+    idle = DALS([("w", q)], lr=0.0, depth=0.5, **groups)
+    q.grad = torch.zeros(3)
+    idle.step()
+    return [some.state_dict()["param_groups"][0]["step"] for some in (optimizer, idle)]
+
+
+def unfreezing(options: dict[str, Any]) -> list[Tensor]:
+    """A shard is unfrozen, and one rank alone has a gradient for it."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = mesh_of(dist.get_world_size())
+    a, b = (nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])) for _ in range(2))
+    b.requires_grad_(False)
+    optimizer = DALS([("a", a), ("b", b)], depth=0.5, **options)
+    for step in range(4):
+        a.grad = distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])
+        if step == 2:
+            b.requires_grad_(True)
+            b.grad = distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])
+            b.grad = b.grad if dist.get_rank() == 0 else None
+        optimizer.step(loss=1.0)
+    return [whole(a), whole(b)]
+
+
+def gradient_elsewhere() -> str:
+    """A gradient on another mesh, whose shard has the same shape."""
+    from torch.distributed.tensor import Partial, Replicate, distribute_tensor
+
+    mesh, other = mesh_of(dist.get_world_size()), mesh_of(dist.get_world_size(), 1)
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
+    optimizer = DALS([("p", p)], depth=0.5)
+    try:
+        p.grad = DTensor.from_local(torch.ones(4) * (1 + dist.get_rank()), other, [Partial(), Replicate()])
+        optimizer.step(loss=1.0)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def dropped(layout: str, options: dict[str, Any]) -> tuple[int, dict[str, float], dict[str, float]]:
+    """A NaN on one rank alone: steps dropped, and the ratios before and after."""
+    net = model()
+    LAYOUTS[layout][0](net)
+    groups = {"partition_group": dist.group.WORLD} if layout == "ddp" else {}
+    optimizer = DALS(net, skip_nonfinite=True, **{**PLAIN, **options}, **groups)
+    for step, (x, y) in enumerate(batches(2)):
+        before = optimizer.trust_ratios()
+        loss = loss_of(net, part(layout, x), part(layout, y))
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 1 and dist.get_rank() == 0:
+            grad: Any = net.head.weight.grad
+            (grad.to_local() if isinstance(grad, DTensor) else grad)[0, 0] = math.nan
+        optimizer.step(loss=loss)
+    return optimizer.skipped_steps, before, optimizer.trust_ratios()
+
+
 # -- checkpoints --------------------------------------------------------------------------------------------------
 
 #: How the optimizer's state is saved: as shards, as whole tensors, with one flat dict of names.

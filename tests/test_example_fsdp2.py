@@ -42,3 +42,6 @@ def test_a_run_and_its_resumption(tmp_path: Path) -> None:
     (parted / "history.json").write_text(json.dumps(cut))
     assert "steps 3 to 4" in torchrun(2, "--steps", "4", "--resume", "--out", str(parted))
     assert json.loads((parted / "history.json").read_text()) == history
+    # A new run in the same folder, shorter than the old one, is the one to go on from.
+    torchrun(1, "--steps", "2", "--out", str(straight))
+    assert sorted(folder.name for folder in straight.glob("step-*")) == ["step-000002"]

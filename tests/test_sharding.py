@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 
 from fused_dals import DALS, infer_depths
 from fused_dals.replicas import check_replicas_every, hash_of
+from fused_dals.rounding import place_key
 from fused_dals.sharding import RowsOverRanks, short, why_not_sharded
 from tests import sharded_runs as runs
 from tests.ranks import on_ranks
@@ -36,7 +39,7 @@ def assert_equal_to_one_process(ranks: list[dict[str, runs.Outcome]]) -> None:
             expected = alone(name)
             assert outcome.phases == expected.phases and outcome.depths == expected.depths
             assert outcome.run_state["step"] == expected.run_state["step"] == runs.STEPS
-            if name == "bfloat16 state":  # one value of 2^8 rounds to the other side
+            if name == "bfloat16 state":  # each shard draws random bits of its own
                 assert runs.error(outcome, expected) < 2**-6, name
                 continue
             assert runs.error(outcome, expected) < CLOSE, name
@@ -164,7 +167,7 @@ def test_pipeline_stages(options: dict[str, Any]) -> None:
 
 
 def test_depths_of_another_model_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"depth knows none of the parameters, whose names are like head\.bias"):
+    with pytest.raises(ValueError, match=r"depth does not know parameter 'head\.bias'"):
         DALS([("head.weight", nn.Parameter(torch.ones(2))), ("head.bias", nn.Parameter(torch.ones(2)))],
              depth=infer_depths(nn.Sequential(nn.Linear(2, 2))))  # fmt: skip
 
@@ -181,6 +184,72 @@ def test_zero(options: dict[str, Any]) -> None:
     group = straight[0][1]["param_groups"][0]
     assert {key: group[key] for key in expected.run_state} == pytest.approx(expected.run_state, rel=1e-4)
     assert set(straight[0][1]["state"]) == set(range(len(expected.weights)))
+
+
+# -- where ranks might part ways ----------------------------------------------------------------------------------
+
+
+def mean_after(losses: list[float]) -> list[float]:
+    """E after each of these."""
+    emas = losses[:1]
+    for loss in losses[1:]:
+        emas.append(0.95 * emas[-1] + 0.05 * loss)
+    return emas
+
+
+def test_loading_with_a_sum_on_its_way() -> None:
+    """It counts in the step that follows, as the other ranks know nothing of the loss that began it."""
+    ranks = on_ranks(2, runs.loading_under_way)
+    assert ranks[0] == ranks[1] == pytest.approx(mean_after([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+
+
+def test_the_end_of_torch_distributed_loses_no_loss() -> None:
+    ranks = on_ranks(2, runs.after_the_end)
+    assert ranks[0] == ranks[1] == pytest.approx(mean_after([1.0, 2.0, 3.0, 4.0, 5.0]))
+
+
+@pytest.mark.parametrize("groups", [{}, {"partition_group": True}], ids=str)
+def test_a_first_step_at_lr_0_is_a_step_for_all_or_for_none(groups: dict[str, Any]) -> None:
+    assert on_ranks(2, runs.first_step_at_rest, groups) == [[2, 0], [2, 0]]
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
+def test_unfreezing_a_shard(options: dict[str, Any]) -> None:
+    """One rank alone has a gradient for it; the other was in the middle of steady steps."""
+    (a, b), (again_a, again_b) = on_ranks(2, runs.unfreezing, options)
+    assert torch.equal(a, again_a) and torch.equal(b, again_b) and not torch.equal(b, torch.ones(8, 4))
+
+
+def test_a_gradient_on_another_mesh_is_refused() -> None:
+    for said in on_ranks(2, runs.gradient_elsewhere):
+        assert "parameter 'p' of group 0: it is distributed over" in said
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
+def test_a_nan_on_one_rank_drops_the_step_everywhere(layout: str, options: dict[str, Any]) -> None:
+    """A shard's or a partition's; ratios stay those of the last step."""
+    for skipped, before, after in on_ranks(2, runs.dropped, layout, options):
+        assert skipped == 1 and before and after == before
+
+
+def test_shards_draw_different_bits() -> None:
+    keys = {place_key(0, 3, shard) for shard in range(1000)}
+    assert len(keys) == 1000 and place_key(0, 3) in keys
+
+
+@pytest.mark.parametrize("argument", ["loss_group", "partition_group"])
+def test_process_groups_are_checked_and_not_pickled(argument: str) -> None:
+    with pytest.raises(TypeError, match=f"DALS: {argument} must be a torch.distributed.ProcessGroup, got str"):
+        DALS(nn.Linear(2, 2), **{argument: "world"})
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        optimizer = DALS(nn.Linear(2, 2), **{argument: torch.distributed.group.WORLD})
+        assert copy.deepcopy(optimizer).state_dict() == optimizer.state_dict()
+        with pytest.raises(TypeError, match=f"an optimizer with {argument}= cannot be pickled"):
+            pickle.dumps(optimizer)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -125,7 +125,9 @@ def gather(
             if grad is None:
                 continue
             known = shapes[group_index] if group_index < len(shapes) else None
-            problem = why_flattened(param, position, known) or _problem(param, grad, group, state.get(param))
+            problem = why_flattened(param, position, len(group["params"]), known) or _problem(
+                param, grad, group, state.get(param)
+            )
             if problem:
                 label = parameter_label(group, group_index, position)
                 raise RuntimeError(f"DALS cannot step parameter {label!r} of group {group_index}: {problem}")

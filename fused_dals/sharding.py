@@ -83,12 +83,15 @@ def why_not_sharded(param: Tensor) -> str:
     return ""
 
 
-def why_flattened(param: Tensor, position: int, known: Sequence[tuple[int, ...]] | None) -> str:
-    """Why a parameter is no tensor of the model: it has replaced one of another shape, and has a single dimension.
+def why_flattened(param: Tensor, position: int, count: int, known: Sequence[tuple[int, ...]] | None) -> str:
+    """Why a parameter is no tensor of the model: it has a single dimension where one of several was, or is larger
+    where there were more.
 
-    ``known``: the shapes of its group's parameters when the group joined, None where they are not known.
+    ``count``: of the parameters in its group now; ``known``: the shapes of those that joined, None where not known.
     """
     if known is None or position >= len(known) or param.dim() != 1 or tuple(param.shape) in known:
+        return ""
+    if len(known[position]) == 1 and not (count < len(known) and param.numel() > known[position][0]):
         return ""
     return (
         f"it is a buffer of {param.numel()} elements where a parameter of shape {known[position]} was. DeepSpeed's "

@@ -45,7 +45,7 @@ PASSES = [
 def codegen_variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     """Label, kernel, signature of the run-time arguments, constants, number of warps."""
     for dtypes, compensated, unscale, sharded in PASSES:
-        for a_writes in (True, False):
+        for a_writes in (True,) if sharded else (True, False):
             constants = dict(zip(("PARAM_TYPE", "GRAD_TYPE", "STATE_TYPE"), dtypes, strict=True))
             constants |= {"COMPENSATED": compensated, "UNSCALE": unscale, "SHARDED": sharded, "CHUNK": CHUNK}
             constants["A_WRITES"] = a_writes

@@ -548,7 +548,8 @@ def check_loaded(optimizer: DALS, saved: Any) -> None:
             have = optimizer.state[p][key]
             assert have.dtype == dtype and not have.requires_grad and same(have, value.detach().to(dtype))
     for group, wanted in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        wanted["state_dtype"] = getattr(torch, str(wanted["state_dtype"]).removeprefix("torch."))
+        if "state_dtype" in wanted:
+            wanted["state_dtype"] = getattr(torch, str(wanted["state_dtype"]).removeprefix("torch."))
         assert all(same(group[key], wanted[key]) for key in wanted if key not in ("params", "param_names"))
     assert optimizer.state_dict()["param_groups"][0]["step"] == saved["param_groups"][0]["step"]
 

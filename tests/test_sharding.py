@@ -344,8 +344,13 @@ def test_other_frameworks_shards_are_refused(attribute: str, word: str) -> None:
 def test_flattened_buffers_are_refused() -> None:
     """What DeepSpeed's ZeRO-1 and 2 and Megatron's distributed optimizer do to the groups of an optimizer."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    for cut in ([slice(0, 26)], [slice(0, 9), slice(9, 13)]):
-        optimizer = DALS(model)
+    biases = [(name, p) for name, p in model.named_parameters() if "bias" in name]
+    for params, cut in (
+        (model, [slice(0, 26)]),
+        (model, [slice(0, 9), slice(9, 13)]),
+        ([*biases], [slice(0, 6)]),
+    ):
+        optimizer = DALS(params)
         flat = torch.cat([p.detach().flatten() for p in model.parameters()])
         before = flat.clone()
         parts = [nn.Parameter(flat[some]) for some in cut]

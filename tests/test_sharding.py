@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from fused_dals import DALS, infer_depths
 from fused_dals.replicas import check_replicas_every, hash_of
@@ -242,7 +243,7 @@ def test_shards_draw_different_bits() -> None:
 def test_process_groups_are_checked_and_not_pickled(argument: str) -> None:
     with pytest.raises(TypeError, match=f"DALS: {argument} must be a torch.distributed.ProcessGroup, got str"):
         DALS(nn.Linear(2, 2), **{argument: "world"})
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         optimizer = DALS(nn.Linear(2, 2), **{argument: torch.distributed.group.WORLD})
         assert copy.deepcopy(optimizer).state_dict() == optimizer.state_dict()

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.parallel import DistributedDataParallel
 
 from fused_dals import DALS
 from fused_dals import sharding as dals_sharding
@@ -193,14 +194,14 @@ def train(layout: str, options: dict[str, Any], steps: int = STEPS, *, early: bo
     net = model()
     LAYOUTS[layout][0](net)
     optimizer = DALS(net, **{**PLAIN, **options})
+    wrapped = DistributedDataParallel(net) if layout == "ddp" else net
     phases, counts = [], []
     for x, y in batches(steps):
-        loss = loss_of(net, part(layout, x), part(layout, y))
+        loss = loss_of(wrapped, part(layout, x), part(layout, y))
         optimizer.zero_grad()
         if early:
             optimizer.observe_loss(loss)
         loss.backward()
-        reduce_replicas(layout, net)
         with CommDebugMode() as communication:
             optimizer.step() if early else optimizer.step(loss=loss)
         counts.append({str(key): count for key, count in communication.get_comm_counts().items() if count})

@@ -24,6 +24,7 @@ from bench.contenders import (
     torch_contenders,
 )
 from bench.machine import Machine, find_machine
+from bench.options import add_timing_options, check_timing_options
 from bench.peers import peer_contenders
 from bench.shapes import SHAPES
 from bench.step_table import notes, steps_text
@@ -49,19 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=STEP_DTYPES, default=list(STEP_DTYPES))
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these; None: all")
-    parser.add_argument("--repeats", type=int, default=20, help="samples per contender")
-    parser.add_argument("--compile-seconds", type=float, default=120.0, help="for torch.compile, in all")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results, after each list anew")
+    add_timing_options(parser, of_each="contender", compile_seconds=120.0, after_each="list")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("repeats", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    check_timing_options(parser, args)
     extras.require("tqdm", "numpy")
     torch.set_num_threads(args.threads)
     machine = find_machine()

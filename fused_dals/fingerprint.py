@@ -46,13 +46,13 @@ class Fingerprint:
             grads = list(compress(grads, map(not_, missing)))
         params, state_tensors = self._params, self._state
         # Which rows the ranks add up depends on what trains, gradient or not.
-        placements = [*map(_placements, grads), *map(_requires_grad, self._params)] if distributed else []
+        for_ranks = [*map(_placements, grads), *map(_requires_grad, self._params)] if distributed else []
         if distributed:
             params, grads, state_tensors = ([*map(local, tensors)] for tensors in (params, grads, state_tensors))
         self.grad_addresses = list(map(Tensor.data_ptr, grads))
         self._parts = (
             missing,
-            placements,
+            for_ranks,
             list(map(Tensor.data_ptr, params)),
             list(map(Tensor.numel, params)),
             _layouts(params),

@@ -189,8 +189,8 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train(layout: str, options: dict[str, Any], steps: int = STEPS, *, early: bool = False) -> Outcome:
-    """Some steps from the same start on the same data; ``early``: the loss is observed before backward."""
+def train(layout: str, options: dict[str, Any], steps: int = STEPS) -> Outcome:
+    """Some steps from the same start on the same data."""
     net = model()
     LAYOUTS[layout][0](net)
     optimizer = DALS(net, **{**PLAIN, **options})
@@ -199,11 +199,9 @@ def train(layout: str, options: dict[str, Any], steps: int = STEPS, *, early: bo
     for x, y in batches(steps):
         loss = loss_of(wrapped, part(layout, x), part(layout, y))
         optimizer.zero_grad()
-        if early:
-            optimizer.observe_loss(loss)
         loss.backward()
         with CommDebugMode() as communication:
-            optimizer.step() if early else optimizer.step(loss=loss)
+            optimizer.step(loss=loss)
         counts.append({str(key): count for key, count in communication.get_comm_counts().items() if count})
         phases.append(optimizer.phases()[0])
     outcome = Outcome(net, optimizer)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from bench import environment, extras, record
 from bench.compiled import CompileBudget
 from bench.machine import find_machine
+from bench.options import add_timing_options, check_timing_options
 from bench.table import format_table
 from bench.train.models import TASKS
 from bench.train.steps import MODES, OPTIMIZERS, SEED, TrainRow, time_training
@@ -33,19 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=("full", "small", "tiny"), help="None: full on a GPU, small on a CPU")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="None: all on a GPU, eager on a CPU")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--repeats", type=int, default=20, help="samples per optimizer")
-    parser.add_argument("--compile-seconds", type=float, default=300.0, help="for torch.compile, in all")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results, after each mode anew")
+    add_timing_options(parser, of_each="optimizer", compile_seconds=300.0, after_each="mode")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("repeats", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    check_timing_options(parser, args)
     extras.require("tqdm", "numpy")
     from tqdm import tqdm
 

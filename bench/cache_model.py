@@ -40,7 +40,7 @@ class PassPlan:
     window: int
     chunk: int = CHUNK
     stage_a_writes: bool = True
-    evict_first: bool = False
+    evict_first: bool = True
     programs: int = 1
 
     def coarser(self, most_chunks: int) -> PassPlan:

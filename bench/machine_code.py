@@ -43,6 +43,7 @@ class Access:
     # of these), "unknown". A scalar store is one thread's.
     form: str
     count: int
+    evict_first: bool = False  # marked so; NVIDIA only
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def sass_accesses(sass: str, forms: Mapping[Line, str]) -> tuple[Access, ...]:
     """Global accesses; a generic one (LD, ST) counts as global, since Triton has no other generic pointers."""
     operations = {"LDG": "load", "LD": "load", "LDGSTS": "load", "STG": "store", "ST": "store"}
     found = (
-        (operations[parts[0]], sass_bits(parts), line)
+        (operations[parts[0]], sass_bits(parts), line, "EF" in parts)
         for parts, line in sass_instructions(sass)
         if parts[0] in operations
     )
@@ -234,7 +235,12 @@ def sass_resources(usage: str, sass: str) -> Resources:
 def amd_accesses(assembly: str, forms: Mapping[Line, str]) -> tuple[Access, ...]:
     """Vector accesses to global memory. Uniform loads on the scalar unit (s_load: arguments, tables) are left out."""
     return _collect(
-        ((operation, bits, line) for space, operation, bits, line in _amd_memory(assembly) if space != "scratch"), forms
+        (
+            (operation, bits, line, False)
+            for space, operation, bits, line in _amd_memory(assembly)
+            if space != "scratch"
+        ),
+        forms,
     )
 
 
@@ -275,11 +281,11 @@ def _amd_memory(assembly: str) -> Iterator[tuple[str, str, int, Line]]:
             yield access[1], access[2], sizes[access[3]] * int(access[4] or 1), line
 
 
-def _collect(found: Iterator[tuple[str, int, Line]], forms: Mapping[Line, str]) -> tuple[Access, ...]:
+def _collect(found: Iterator[tuple[str, int, Line, bool]], forms: Mapping[Line, str]) -> tuple[Access, ...]:
     """Count equal accesses and give each the form of its line."""
     return tuple(
-        Access(operation, bits, line[0], line[1], forms.get(line, "unknown"), count)
-        for (operation, bits, line), count in sorted(Counter(found).items())
+        Access(operation, bits, line[0], line[1], forms.get(line, "unknown"), count, evict_first)
+        for (operation, bits, line, evict_first), count in sorted(Counter(found).items())
     )
 
 

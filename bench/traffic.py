@@ -40,12 +40,14 @@ GPUS = {
 }
 #: Shares of the L2 cache that may really serve: nearly all of it, and what hashing, and lines held twice, may leave.
 USABLE = (0.9, 0.6)
-#: What stage A does, and whether data that the pass does not need again is marked; the kernel marks nothing yet.
+#: What stage A does, and whether data that the pass does not need again is marked "evict first".
 MODES = {
-    "A reads only": {"stage_a_writes": False},
-    "A writes h and m": {"stage_a_writes": True},
-    "the same, evict-first marks": {"stage_a_writes": True, "evict_first": True},
+    "A reads only": {"stage_a_writes": False, "evict_first": True},
+    "A writes h and m, no marks": {"stage_a_writes": True, "evict_first": False},
+    "A writes h and m": {"stage_a_writes": True, "evict_first": True},
 }
+#: The modes that windows are judged by: what runs, and the same on hardware that keeps to no marks.
+WINDOW_MODES = ("A writes h and m", "A writes h and m, no marks")
 WINDOW_SHARES = (0.0, 0.125, 0.25, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.75, 1.0, math.inf)
 #: Lists of one tensor or of nothing but tiny ones say nothing about windows.
 MODELS = ("resnet50", "vit_b_16", "vit_l_16", "bert_large", "gpt2", "gpt2_xl", "llama_1b", "llama_7b")
@@ -82,9 +84,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class ShareScore:
-    """A window's predictions over all lists and dtypes of one GPU: means, and the worst loss by the window itself."""
+    """A window's predictions over all lists and dtypes of one GPU and mode: means, and its worst loss."""
 
     gpu: str
+    mode: str
     usable: float
     window_share: float
     excess: float
@@ -117,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     most_chunks = 1 << 60 if args.exact else MOST_CHUNKS
     lists = [(model, dtypes) for model in args.shapes for dtypes in args.dtypes]
-    total = len(lists) * (len(MODES) + len(args.gpus) * len(WINDOW_SHARES))
+    total = len(lists) * (len(MODES) + len(args.gpus) * len(WINDOW_MODES) * len(WINDOW_SHARES))
     with tqdm(total=total, unit="replay") as bar:
 
         def of(gpu: str, modes: Sequence[str], shares: Sequence[float]) -> list[Cell]:
@@ -125,11 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return list(cells_of(gpu, lists, modes, shares, most_chunks, bar.update))
 
         modes = of(args.gpu, list(MODES), [WINDOW_SHARE_OF_L2])
-        windows = [cell for gpu in args.gpus for cell in of(gpu, ["A writes h and m"], WINDOW_SHARES)]
+        windows = [cell for gpu in args.gpus for cell in of(gpu, WINDOW_MODES, WINDOW_SHARES)]
     scores = scores_of(windows)
     print(f"PREDICTED bytes per parameter, {describe(args.gpu)}\n")
     print(mode_tables(modes))
-    print("\nPREDICTED effect of the window, means over these lists and dtypes, A writes h and m\n")
+    print("\nPREDICTED effect of the window, means over these lists and dtypes\n")
     print(window_table(scores))
     print(f"\nto be taken: {best_share(scores):g} of the L2 cache; in use: {WINDOW_SHARE_OF_L2:g}")
     if args.json is not None:
@@ -174,19 +177,21 @@ def cells_of(
 
 
 def scores_of(cells: Sequence[Cell]) -> list[ShareScore]:
-    """One row per GPU, usable share and window."""
-    least: dict[tuple[str, float, str, str], float] = {}
+    """One row per GPU, mode, usable share and window."""
+    least: dict[tuple[str, str, float, str, str], float] = {}
     for cell in cells:
-        case = cell.gpu, cell.usable, cell.model, cell.dtypes
+        case = cell.gpu, cell.mode, cell.usable, cell.model, cell.dtypes
         least[case] = min(cell.predicted, least.get(case, math.inf))
     scores = []
-    for gpu, usable, share in dict.fromkeys((cell.gpu, cell.usable, cell.window_share) for cell in cells):
-        members = [cell for cell in cells if (cell.gpu, cell.usable, cell.window_share) == (gpu, usable, share)]
-        loss = max(cell.predicted / least[gpu, usable, cell.model, cell.dtypes] for cell in members)
+    by_row: dict[tuple[str, str, float, float], list[Cell]] = {}
+    for cell in cells:
+        by_row.setdefault((cell.gpu, cell.mode, cell.usable, cell.window_share), []).append(cell)
+    for (gpu, mode, usable, share), members in by_row.items():
+        loss = max(cell.predicted / least[gpu, mode, usable, cell.model, cell.dtypes] for cell in members)
         excess, waiting, slowness = (
             fmean(getattr(cell, name) for cell in members) for name in ("excess", "waiting", "slowness")
         )
-        scores.append(ShareScore(gpu, usable, share, excess, loss, waiting, slowness))
+        scores.append(ShareScore(gpu, mode, usable, share, excess, loss, waiting, slowness))
     return scores
 
 
@@ -221,11 +226,12 @@ def mode_tables(cells: Sequence[Cell]) -> str:
 
 
 def window_table(scores: Sequence[ShareScore]) -> str:
-    """Windows by GPU and usable share."""
-    header = ["GPU", "usable", "window x L2", "bytes / least", "worst loss", "waiting", "slowness"]
+    """Windows by GPU, mode and usable share."""
+    header = ["GPU", "mode", "usable", "window x L2", "bytes / least", "worst loss", "waiting", "slowness"]
     rows = [
         [
             score.gpu,
+            score.mode,
             f"{100 * score.usable:.0f} %",
             "all A first" if math.isinf(score.window_share) else f"{score.window_share:g}",
             f"{score.excess:.3f}",

@@ -78,8 +78,15 @@ class Launch:
 class FusedPass:
     """The buckets and scalar tables of an optimizer on one device; built at the first step, never copied or saved."""
 
-    def __init__(self, device: torch.device, window: int | None = None, stage_a_writes: bool | None = None) -> None:
-        """``window`` in chunks, chosen from the device where None; ``stage_a_writes``: h and m are written in stage A.
+    def __init__(
+        self,
+        device: torch.device,
+        window: int | None = None,
+        stage_a_writes: bool | None = None,
+        evict_first: bool = True,
+    ) -> None:
+        """``window`` in chunks, chosen from the device where None; ``stage_a_writes``: h and m are written in stage A;
+        ``evict_first``: what a step does not touch again is marked so, for the sake of the L2 cache.
 
         Stage A writing h and m moves fewer bytes (36 against 40 per float32 parameter, where B finds nothing in the
         cache). None chooses it, except on AMD, where Triton's barrier before the arrival does not wait for the other
@@ -88,6 +95,7 @@ class FusedPass:
         self.device = device
         self.window = window
         self.stage_a_writes = torch.version.hip is None if stage_a_writes is None else stage_a_writes
+        self.evict_first = evict_first
         self.group_table = GroupTable(device)
         self.buckets: dict[BucketKey, Bucket] = {}
         self.launches: list[Launch] = []
@@ -318,6 +326,7 @@ class FusedPass:
             SHARDED=self.shards is not None,
             CHUNK=bucket.chunk,
             A_WRITES=self.stage_a_writes,
+            EVICT_FIRST=self.evict_first,
             num_warps=NUM_WARPS,
         )
 

@@ -53,27 +53,27 @@ PARTIALS_PER_TURN = tl.constexpr(256)
 
 
 @triton.jit
-def _load(ptr, at, mask, MASKED: tl.constexpr):
+def _load(ptr, at, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
     if MASKED:
         return tl.load(ptr + at, mask=mask, other=0.0)
     else:
-        return tl.load(ptr + at)
+        return tl.load(ptr + at, eviction_policy=POLICY)
 
 
 @triton.jit
-def _store(ptr, at, value, mask, MASKED: tl.constexpr):
+def _store(ptr, at, value, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
     if MASKED:
         tl.store(ptr + at, value, mask=mask)
     else:
-        tl.store(ptr + at, value)
+        tl.store(ptr + at, value, eviction_policy=POLICY)
 
 
 @triton.jit
-def _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED: tl.constexpr, MASKED: tl.constexpr):
+def _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED: tl.constexpr, MASKED: tl.constexpr, POLICY: tl.constexpr):
     """The parameter in float32, with the bits that a compensated one keeps beside it."""
-    p = _load(p_ptr, p_at, mask, MASKED)
+    p = _load(p_ptr, p_at, mask, MASKED, POLICY)
     if COMPENSATED:
-        p = join(p, _load(c_ptr, at, mask, MASKED))
+        p = join(p, _load(c_ptr, at, mask, MASKED, POLICY))
     return p.to(tl.float32)
 
 
@@ -104,22 +104,24 @@ def _filtered_update(p, g, h, blend, scalars):
 def _stage_a_tile(
     p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, scalars, key,
     STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr, UNSCALE: tl.constexpr, A_WRITES: tl.constexpr,
-    MASKED: tl.constexpr,
+    LAST_USE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Sums of p^2 and u^2 over one tile; writes h, m and the unscaled gradient too where that is stage A's work."""
-    p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED)
-    g = _load(g_ptr, g_at, mask, MASKED).to(tl.float32)
-    h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED).to(tl.float32), blend, scalars)
+    # Stage B comes back for p and m, and for g and h too where it is the one who writes.
+    GRADS_USE: tl.constexpr = LAST_USE if A_WRITES else ""
+    p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, "")
+    g = _load(g_ptr, g_at, mask, MASKED, GRADS_USE).to(tl.float32)
+    h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED, GRADS_USE).to(tl.float32), blend, scalars)
     if A_WRITES:
         momentum = tl.load(scalars + 7)
-        m = momentum * _load(m_ptr, at, mask, MASKED).to(tl.float32) + u
+        m = momentum * _load(m_ptr, at, mask, MASKED, "").to(tl.float32) + u
         bits = at
         if STATE_TYPE == tl.bfloat16:
             bits = random_bits(at, key)
-        _store(h_ptr, at, _as_stored(h, bits, STATE_TYPE), mask, MASKED)
-        _store(m_ptr, at, _as_stored(m, bits >> 16, STATE_TYPE), mask, MASKED)
+        _store(h_ptr, at, _as_stored(h, bits, STATE_TYPE), mask, MASKED, LAST_USE)
+        _store(m_ptr, at, _as_stored(m, bits >> 16, STATE_TYPE), mask, MASKED, "")
         if UNSCALE:
-            _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED)
+            _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED, LAST_USE)
     return tl.sum((p * p).to(tl.float64)), tl.sum((u * u).to(tl.float64))
 
 
@@ -127,33 +129,33 @@ def _stage_a_tile(
 def _stage_b_tile(
     p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, ratio, scalars, key,
     STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr, UNSCALE: tl.constexpr, A_WRITES: tl.constexpr,
-    MASKED: tl.constexpr,
+    LAST_USE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Write p, and h, m and the unscaled gradient where stage A has not."""
     momentum = tl.load(scalars + 7)
     eta = tl.load(scalars + 8)
-    p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED)
-    m = _load(m_ptr, at, mask, MASKED).to(tl.float32)
+    p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, LAST_USE)
+    m = _load(m_ptr, at, mask, MASKED, LAST_USE).to(tl.float32)
     if not A_WRITES:
-        g = _load(g_ptr, g_at, mask, MASKED).to(tl.float32)
-        h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED).to(tl.float32), blend, scalars)
+        g = _load(g_ptr, g_at, mask, MASKED, LAST_USE).to(tl.float32)
+        h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED, LAST_USE).to(tl.float32), blend, scalars)
         bits = at
         if STATE_TYPE == tl.bfloat16:
             bits = random_bits(at, key)
         # p follows the buffer as it is stored, so that both divisions of the work give the same bits.
         stored = _as_stored(momentum * m + u, bits >> 16, STATE_TYPE)
         m = stored.to(tl.float32)
-        _store(h_ptr, at, _as_stored(h, bits, STATE_TYPE), mask, MASKED)
-        _store(m_ptr, at, stored, mask, MASKED)
+        _store(h_ptr, at, _as_stored(h, bits, STATE_TYPE), mask, MASKED, LAST_USE)
+        _store(m_ptr, at, stored, mask, MASKED, LAST_USE)
         if UNSCALE:
-            _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED)
+            _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED, LAST_USE)
     p = p - (eta * ratio) * m
     if COMPENSATED:
         upper, lower = split(p)
-        _store(p_ptr, p_at, upper, mask, MASKED)
-        _store(c_ptr, at, lower, mask, MASKED)
+        _store(p_ptr, p_at, upper, mask, MASKED, LAST_USE)
+        _store(c_ptr, at, lower, mask, MASKED, LAST_USE)
     else:
-        _store(p_ptr, p_at, p.to(p_ptr.dtype.element_ty), mask, MASKED)
+        _store(p_ptr, p_at, p.to(p_ptr.dtype.element_ty), mask, MASKED, LAST_USE)
 
 
 @triton.jit
@@ -248,6 +250,7 @@ def fused_pass(
     SHARDED: tl.constexpr,
     CHUNK: tl.constexpr,
     A_WRITES: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
 ):
     """Run the items of a work list until none is left.
 
@@ -256,7 +259,11 @@ def fused_pass(
 
     COMPENSATED: parameters are bfloat16 with an int16 beside each element; UNSCALE: gradients are written back without
     the scale of a GradScaler. State in bfloat16 is rounded stochastically.
+
+    EVICT_FIRST: what the step does not touch again is the first to leave the L2 cache, which keeps what stage B comes
+    back for. On full chunks only: strides or odd addresses may bring the masked branch back to the same lines.
     """
+    LAST_USE: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     while ticket < item_count:
         item = tl.load(items + ticket)
@@ -291,7 +298,7 @@ def fused_pass(
                 at = start + tl.arange(0, CHUNK)
                 p_square, u_square = _stage_a_tile(
                     p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, at, at, at, None, blend, scalar_row, key,
-                    STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, False,
+                    STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, False,
                 )  # fmt: skip
             else:
                 p_ptr = p_address.to(tl.pointer_type(PARAM_TYPE))
@@ -311,7 +318,7 @@ def fused_pass(
                         p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
                     p_part, u_part = _stage_a_tile(
                         p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, scalar_row, key,
-                        STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, True,
+                        STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,
                     )  # fmt: skip
                     p_square += p_part
                     u_square += u_part
@@ -347,7 +354,7 @@ def fused_pass(
                 at = start + tl.arange(0, CHUNK)
                 _stage_b_tile(
                     p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, at, at, at, None, blend, ratio, scalar_row, key,
-                    STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, False,
+                    STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, False,
                 )  # fmt: skip
             else:
                 p_ptr = p_address.to(tl.pointer_type(PARAM_TYPE))
@@ -365,6 +372,6 @@ def fused_pass(
                         p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
                     _stage_b_tile(
                         p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, ratio, scalar_row, key,
-                        STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, True,
+                        STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,
                     )  # fmt: skip
         ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")

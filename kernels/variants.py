@@ -48,7 +48,7 @@ def codegen_variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
         for a_writes in (True,) if sharded else (True, False):
             constants = dict(zip(("PARAM_TYPE", "GRAD_TYPE", "STATE_TYPE"), dtypes, strict=True))
             constants |= {"COMPENSATED": compensated, "UNSCALE": unscale, "SHARDED": sharded, "CHUNK": CHUNK}
-            constants["A_WRITES"] = a_writes
+            constants |= {"A_WRITES": a_writes, "EVICT_FIRST": True}
             label = ",".join(map(str, dtypes)) + " compensated" * compensated + " unscaled" * unscale
             label += " shards" * sharded
             label += " A writes h m" if a_writes else " A reads"

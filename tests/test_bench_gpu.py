@@ -205,8 +205,9 @@ def test_the_sweep_keeps_the_best_of_each_stage(ran: tuple[dict[str, Any], str])
     rows = ran[0]["sweep"]
     plans = [(row["plan"]["chunk"], row["plan"]["programs_per_sm"], row["window_share"]) for row in rows]
     assert plans[:2] == [(64, 2, None), (128, 2, None)] and plans[2][1] == 1
-    assert [row["window_share"] for row in rows[3:]] == [0.5, 0.5]
-    assert {row["plan"]["stage_a_writes"] for row in rows[3:]} == {True, False}
+    assert [row["window_share"] for row in rows[3:]] == [0.5, 0.5, 0.5]
+    choices = [(row["plan"]["stage_a_writes"], row["plan"]["evict_first"]) for row in rows[3:]]
+    assert choices == [(True, True), (True, False), (False, True)]
     assert all(row["device_s"]["median"] > 0 and row["error"] is None for row in rows)
 
 

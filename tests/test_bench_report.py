@@ -94,7 +94,7 @@ def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> N
     line = next(line for line in page.splitlines() if line.startswith("| resnet50 fp32 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # 28 bytes of 25.6 million parameters at 4 TB/s.
-    assert cells[1].startswith("28.0 to 28.") and cells[2].startswith("0.179 to 0.18") and cells[3] == "0.500"
+    assert cells[1] == "28.0 to 28.0" and cells[2] == "0.179 to 0.179" and cells[3] == "0.500"
     assert page.count("PREDICTED") == 2
 
 

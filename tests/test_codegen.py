@@ -73,6 +73,20 @@ def test_full_chunks_move_in_accesses_of_128_bits(compiled: list[tuple[str, Mach
             assert code.count(operation, False, "full", "mixed", "unknown") == 0
 
 
+def test_what_is_not_needed_again_is_marked(compiled: list[tuple[str, MachineCode]]) -> None:
+    """Of float32 on full chunks, four accesses per tensor: stage B comes back for what is not marked, only."""
+    # Loads and stores: all, and those marked. A writes: A loads p g h m, B p m; g, h in A, and all of B, are the last.
+    expected = {"A writes h m": {"load": (24, 16), "store": (12, 8)}, "A reads": {"load": (28, 16), "store": (12, 12)}}
+    found = [(label.removeprefix("fp32,fp32,fp32 "), code) for label, code in compiled if code.target in NVIDIA]
+    codes = [(expected[label], code) for label, code in found if label in expected]
+    assert len(codes) == 2 * len(NVIDIA)
+    for counts, code in codes:
+        for operation, both in counts.items():
+            full = [access for access in code.accesses if (access.operation, access.form) == (operation, "full")]
+            assert (sum(a.count for a in full), sum(a.count for a in full if a.evict_first)) == both
+        assert not any(access.evict_first for access in code.accesses if access.form != "full")
+
+
 def test_the_scan_of_the_gradients_reads_wide_and_writes_a_row(compiled: list[tuple[str, MachineCode]]) -> None:
     codes = [code for _, code in compiled if code.kernel == "grad_scan" and code.target in NVIDIA]
     assert len(codes) == 2 * len(NVIDIA)
@@ -104,22 +118,30 @@ def test_arrivals_release_behind_a_barrier_and_waits_acquire(compiled: list[tupl
         assert len(code.synchronization) == 5 + len(published)
 
 
-def test_bfloat16_is_rounded_to_nearest(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ptx() -> str:
+    """Of the pass over bfloat16 parameters, for sm_90."""
+    command = [sys.executable, "-m", "tests.test_codegen"]
+    ran = subprocess.run(command, cwd=ROOT, env=without_interpreter(), check=True, capture_output=True)
+    return ran.stdout.decode()
+
+
+def test_marks_are_for_the_l2_cache(ptx: str) -> None:
+    """Machine code shows the mark alone, which could be one for the L1 cache."""
+    marked = [line for line in ptx.splitlines() if "L1::evict_first" in line]
+    assert marked and all("L2::cache_hint" in line for line in marked)
+    assert "createpolicy.fractional.L2::evict_first" in ptx
+
+
+def test_bfloat16_is_rounded_to_nearest(ptx: str) -> None:
     """The interpreter truncates; a GPU must round."""
-    ptx = subprocess.run(
-        [sys.executable, "-m", "tests.test_codegen"],
-        cwd=ROOT,
-        env=without_interpreter(),
-        check=True,
-        capture_output=True,
-    ).stdout.decode()
     conversions = [line.split()[0] for line in ptx.splitlines() if "cvt" in line and "bf16" in line.split()[0]]
     narrowing = {name for name in conversions if ".bf16.f32" in name or ".bf16x2.f32" in name}
     assert narrowing and all(name.startswith("cvt.rn.") for name in narrowing), narrowing
 
 
 def print_ptx() -> None:
-    """The PTX of the variant with bfloat16 parameters, for sm_90."""
+    """The PTX of the first variant with bfloat16 parameters and state, for sm_90."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -74,7 +74,7 @@ k:
         /*0030*/                   LDG.E.64 R4, desc[UR4][R4.64] ;
 	//## File "/a/k.py", line 7
         /*00d0*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
-        /*00e0*/                   LDG.E.ENL2.256 R8, R16, desc[UR4][R2.64+0x800] ;
+        /*00e0*/                   LDG.E.EF.ENL2.256 R8, R16, desc[UR4][R2.64+0x800] ;
         /*00f0*/                   LD.E.128.STRONG.GPU R8, [R2.64] ;
 	//## File "/a/k.py", line 9
         /*0200*/               @P1 LDG.E R0, desc[UR4][R2.64] ;
@@ -154,7 +154,7 @@ def test_sass() -> None:
     assert set(sass_accesses(SASS, FORMS)) == {
         Access("load", 64, "k.py", 17, "scalar", 1),
         Access("load", 128, "k.py", 7, "full", 2),
-        Access("load", 256, "k.py", 7, "full", 1),
+        Access("load", 256, "k.py", 7, "full", 1, evict_first=True),
         Access("load", 32, "k.py", 9, "masked", 1),
         Access("load", 16, "k.py", 9, "masked", 1),
         Access("load", 8, "k.py", 9, "masked", 1),

@@ -26,7 +26,7 @@ RESULTS = Path("bench/results/traffic.json")
 
 
 def plan(sizes: list[int], window: int = 0, chunk: int = 10, **options: Any) -> PassPlan:
-    return PassPlan(tuple(sizes), options.pop("dtypes", FP32), window, chunk, **options)
+    return PassPlan(tuple(sizes), options.pop("dtypes", FP32), window, chunk, **{"evict_first": False, **options})
 
 
 def traffic_of(replayed: PassPlan, cache: int) -> Traffic:
@@ -190,10 +190,25 @@ def test_scores_are_means_and_losses_are_against_the_best_window() -> None:
     assert [score.worst_loss for score in found] == pytest.approx([1, 1.05])
     assert [score.slowness for score in found] == pytest.approx([1.625, 1.15])
     assert best_share(found) == 1
+
     # Of windows that are as fast the one that risks less.
-    equal = [ShareScore("A100", 0.9, 0, 1.0, 1.0, 0.1, 1.104), ShareScore("A100", 0.9, 1, 1.1, 1.1, 0.0, 1.1)]
-    assert best_share(equal) == 0
-    assert best_share([equal[1], ShareScore("A100", 0.9, 0, 1.0, 1.0, 0.1, 1.11)]) == 1
+    def score(share: float, excess: float, waiting: float, slowness: float) -> ShareScore:
+        return ShareScore("A100", "A writes h and m", 0.9, share, excess, excess, waiting, slowness)
+
+    risky = score(1, 1.1, 0.0, 1.1)
+    assert best_share([score(0, 1.0, 0.1, 1.104), risky]) == 0
+    assert best_share([score(0, 1.0, 0.1, 1.11), risky]) == 1
+
+
+def test_marks_that_are_ignored_count_as_a_case_of_their_own() -> None:
+    def cell(mode: str, share: float, predicted: float) -> Cell:
+        return Cell("A100", 0.9, "a", "fp32", mode, share, predicted, 0.0, 28, 36)
+
+    kept, ignored = traffic.WINDOW_MODES
+    found = scores_of([cell(kept, 0, 28), cell(kept, 1, 28), cell(ignored, 0, 29), cell(ignored, 1, 36)])
+    assert [score.mode for score in found] == [kept, kept, ignored, ignored]
+    assert [score.worst_loss for score in found] == pytest.approx([1, 1, 1, 36 / 29])
+    assert best_share(found) == 0
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,5 +220,5 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "PREDICTED" in printed and "resnet50" in printed and "all A first" in printed
     record = json.loads(out.read_text())
     assert record["predicted"] is True and len(record["modes"]) == 3 * 3 * 2
-    assert len(record["windows"]) == 2 * 2 * len(traffic.WINDOW_SHARES)
+    assert len(record["windows"]) == 2 * 2 * 2 * len(traffic.WINDOW_SHARES)
     assert {row["predicted"] for row in record["modes"] if row["dtypes"] == "fp32"} == {28.0}

@@ -27,6 +27,7 @@ class Plan:
     chunk: int = CHUNK
     window: int | None = None
     stage_a_writes: bool = True
+    evict_first: bool = True
     num_warps: int = fused.NUM_WARPS
     programs_per_sm: int = fused.PROGRAMS_PER_SM
 
@@ -60,7 +61,7 @@ class PassDriver:
         self.plan = plan
         self.group = group
         device = tensors.params[0].device
-        self.fused_pass = FusedPass(device, window=plan.window, stage_a_writes=plan.stage_a_writes)
+        self.fused_pass = FusedPass(device, plan.window, plan.stage_a_writes, plan.evict_first)
         param, grad, state_dtype = tensors.dtypes
         self.fused_pass.buckets[param, grad, state_dtype, False] = Bucket(device, chunk=plan.chunk, window=plan.window)
         state = {

@@ -65,13 +65,24 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         share = "default" if row.window_share is None else f"{row.window_share:g}"
         plan = row.plan
         settings = [str(plan["chunk"]), str(plan["num_warps"]), str(plan["programs_per_sm"]), share]
-        settings.append("A" if plan["stage_a_writes"] else "B")
+        settings += ["A" if plan["stage_a_writes"] else "B", "yes" if plan["evict_first"] else "no"]
         if row.device_s is None:
             failures.append(f"{row.model} {row.dtypes} {', '.join(settings)} failed: {row.error}")
             continue
         times = [f"{1e3 * value:.3f}" for value in (row.device_s.median, row.device_s.p10, row.device_s.p90)]
         cells.append([f"{row.model} {row.dtypes}", *settings, *times])
-    header = ["sweep", "chunk", "warps", "programs/SM", "window x L2", "h, m by", "device ms", "p10", "p90"]
+    header = [
+        "sweep",
+        "chunk",
+        "warps",
+        "programs/SM",
+        "window x L2",
+        "h, m by",
+        "evict first",
+        "device ms",
+        "p10",
+        "p90",
+    ]
     return "\n".join([format_table(header, cells), *failures])
 
 

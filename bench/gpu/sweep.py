@@ -1,4 +1,4 @@
-"""The tuning sweep: chunk and warps, then programs, then window and who writes h and m, each at the best so far."""
+"""The tuning sweep: chunk and warps, then programs, then window, writes and marks, each at the best so far."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from bench.timing import Sampler, Spread, make_parameters, one_line
 
 CHUNKS, WARPS, PROGRAMS = (2048, 4096, 8192), (4, 8, 16), (1, 2, 3, 4)
 WINDOW_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, math.inf)
+#: Whether stage A writes h and m, and whether data that is not needed again is marked "evict first".
+WRITES_AND_MARKS = ((True, True), (True, False), (False, True))
 
 
 @dataclass
@@ -35,8 +37,8 @@ class SweepRow:
 def compiled_variants() -> list[Plan]:
     """The plans of a sweep that differ in machine code."""
     return [
-        Plan(chunk=chunk, num_warps=warps, stage_a_writes=writes)
-        for writes in (True, False)
+        Plan(chunk=chunk, num_warps=warps, stage_a_writes=writes, evict_first=marks)
+        for writes, marks in WRITES_AND_MARKS
         for chunk in CHUNKS
         for warps in WARPS
     ]
@@ -64,7 +66,8 @@ def sweep(
         elif stage == 1:
             yield from ((replace(plan, programs_per_sm=programs), share) for programs in PROGRAMS)
         else:
-            yield from ((replace(plan, stage_a_writes=a), s) for a in (True, False) for s in WINDOW_SHARES)
+            plans = (replace(plan, stage_a_writes=a, evict_first=marks) for a, marks in WRITES_AND_MARKS)
+            yield from ((other, s) for other in plans for s in WINDOW_SHARES)
 
     for stage in range(3):
         for plan, share in stages(stage, best[1], best[2]):

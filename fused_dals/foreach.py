@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_dals.reference import compute_dtype, trust_ratio
-from fused_dals.rounding import Rounding, as_stored, join, split
+from fused_dals.rounding import Rounding, as_stored, in_memory_order, join, split
 from fused_dals.update import Update, run_whole
 
 TensorList: TypeAlias = list[Tensor] | tuple[Tensor, ...]
@@ -131,7 +131,10 @@ def norms(tensors: TensorList, dtype: torch.dtype) -> Tensor:
     """
     if tensors[0].device.type != "cpu" or dtype == torch.float64:
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-    pieces = [_flat(tensor).split(NORM_PIECE) if tensor.numel() > NORM_PIECE else (tensor,) for tensor in tensors]
+    pieces = [
+        in_memory_order(tensor, tensor).split(NORM_PIECE) if tensor.numel() > NORM_PIECE else (tensor,)
+        for tensor in tensors
+    ]
     counts = torch.tensor([len(of_tensor) for of_tensor in pieces], device="cpu")
     of_pieces = torch._foreach_norm([piece for of_tensor in pieces for piece in of_tensor], 2, dtype=dtype)
     squares = torch.stack(of_pieces).double().square()
@@ -141,8 +144,3 @@ def norms(tensors: TensorList, dtype: torch.dtype) -> Tensor:
         again = torch._foreach_norm([tensors[i] for i in extreme], 2, dtype=torch.float64)
         found[extreme] = torch.stack(again)
     return found
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """All elements in one dimension, in the order of memory: no copy unless they lie apart."""
-    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).reshape(-1)

@@ -21,6 +21,11 @@ from torch import Tensor
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
 _LOW_32 = 0xFFFFFFFF
+_FACTORS = (0x7FEB352D, 0x846CA68B)
+
+#: Elements whose random bits are made at a time, a power of two that divides 2^32. On a CPU what a cache holds: 5 ns an
+#: element on two cores; 9 with 2^16, where the calls count.
+_PIECE_ON_CPU, _PIECE = 1 << 18, 1 << 30
 
 
 def place_key(group_index: int, position: int, shard: int = 0) -> int:
@@ -37,30 +42,30 @@ def step_seed(completed_steps: Tensor) -> Tensor:
 def _mix(x: IntOrTensor) -> IntOrTensor:
     """A bijection of 32-bit integers that scatters neighbours; numbers or int64 tensors in [0, 2^32) in and out."""
     x = x & _LOW_32
-    x = _times(x ^ (x >> 16), 0x7FEB352D)
-    x = _times(x ^ (x >> 15), 0x846CA68B)
+    x = _times(x ^ (x >> 16), _FACTORS[0])
+    x = _times(x ^ (x >> 15), _FACTORS[1])
     return x ^ (x >> 16)
 
 
 def _times(x: IntOrTensor, factor: int) -> IntOrTensor:
     # int64 products of two 32-bit numbers wrap, which leaves their low 32 bits right.
-    if factor >= 1 << 31:
-        factor -= 1 << 32
-    return (x * factor) & _LOW_32
+    return (x * _signed(factor)) & _LOW_32
 
 
-def random_bits(like: Tensor, key: int, seed: Tensor) -> Tensor:
-    """32 random bits per element as int64, in the memory order of ``like``, which is dense."""
-    at = torch.arange(like.numel(), dtype=torch.int64, device=like.device)
-    bits = _mix(at ^ _mix(at >> 32) ^ _mix(seed.to(like.device) ^ key))
-    return bits.as_strided(like.shape, like.stride())
+def _signed(x: int) -> int:
+    """The int32 with these 32 bits."""
+    return ((x & _LOW_32) ^ (1 << 31)) - (1 << 31)
 
 
-def stochastic_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """``value`` (float32) as bfloat16, rounded by ``bits`` in [0, 2^16)."""
-    raw = value.view(torch.int32)
-    rounded = (raw + bits.to(torch.int32)) & ~0xFFFF
-    return torch.where(value.isfinite(), rounded.view(torch.float32), value).to(torch.bfloat16)
+def _mix_elements_(x: Tensor) -> Tensor:
+    """``_mix`` of an int32 tensor, in place, with half the memory; shifts must not bring the sign along."""
+    shifted = torch.empty_like(x)
+    for shift, mask, factor in ((16, 0xFFFF, _FACTORS[0]), (15, 0x1FFFF, _FACTORS[1]), (16, 0xFFFF, None)):
+        torch.bitwise_right_shift(x, shift, out=shifted)
+        x ^= shifted.bitwise_and_(mask)
+        if factor is not None:
+            x *= _signed(factor)
+    return x
 
 
 class Rounding(NamedTuple):
@@ -70,12 +75,41 @@ class Rounding(NamedTuple):
     seed: Tensor
 
 
+def random_bits(start: int, stop: int, rounding: Rounding) -> Tensor:
+    """The 32 random bits, as int32 [stop - start], of elements in memory order that do not straddle 2^32."""
+    seed = _mix(rounding.seed ^ rounding.key) ^ _mix(start >> 32)
+    at = torch.arange(stop - start, dtype=torch.int32, device=seed.device)
+    at += _signed(start)
+    at ^= seed.to(torch.int32)
+    return _mix_elements_(at)
+
+
+def stochastic_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
+    """``value`` (float32) as bfloat16, rounded by ``bits`` in [0, 2^16), int32, which are overwritten."""
+    bits += value.view(torch.int32)
+    bits &= ~0xFFFF  # infinities come out as they were; NaN might not
+    return torch.where(value.isnan(), value, bits.view(torch.float32)).to(torch.bfloat16)
+
+
 def as_stored(value: Tensor, buffer: Tensor, rounding: Rounding | None, half: int) -> Tensor:
     """A state value in the dtype of its buffer; bfloat16 by the lower (0) or upper (1) half of its random bits."""
-    if buffer.dtype == torch.bfloat16 and rounding is not None:
-        bits = random_bits(buffer, rounding.key, rounding.seed)
-        return stochastic_bfloat16(value, bits >> 16 if half else bits & 0xFFFF)
-    return value.to(buffer.dtype)
+    if buffer.dtype != torch.bfloat16 or rounding is None:
+        return value.to(buffer.dtype)
+    stored = torch.empty_like(buffer)
+    rounding = Rounding(rounding.key, rounding.seed.to(buffer.device))
+    values, target = in_memory_order(value, buffer), in_memory_order(stored, buffer)
+    piece = _PIECE_ON_CPU if buffer.device.type == "cpu" else _PIECE
+    for start in range(0, buffer.numel(), piece):
+        stop = min(start + piece, buffer.numel())
+        bits = random_bits(start, stop, rounding)
+        bits = (bits.bitwise_right_shift_(16) if half else bits).bitwise_and_(0xFFFF)
+        target[start:stop] = stochastic_bfloat16(values[start:stop], bits)
+    return stored
+
+
+def in_memory_order(tensor: Tensor, dense: Tensor) -> Tensor:
+    """All elements in one dimension, in the order in which ``dense`` holds them: no copy where ``tensor`` does too."""
+    return tensor.permute(sorted(range(dense.dim()), key=dense.stride, reverse=True)).reshape(-1)
 
 
 def join(param: Tensor, compensation: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_dals import DALS
-from fused_dals.rounding import join, place_key, random_bits, split, step_seed, stochastic_bfloat16
+from fused_dals import DALS, rounding
+from fused_dals.rounding import Rounding, join, place_key, random_bits, split, step_seed, stochastic_bfloat16
 from tests.helpers import EVERY_PATH, ConvNet, batch, identical, snapshot, train_step
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -46,12 +46,12 @@ def test_a_weight_and_its_compensation_are_the_float32_weight(seed: int) -> None
 def test_nan_stays_nan() -> None:
     nan = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(F32)
     assert join(*split(nan)).isnan().all() and split(nan)[0].isnan().all()
-    assert stochastic_bfloat16(nan, torch.tensor([0, 65535, 65535])).isnan().all()
+    assert stochastic_bfloat16(nan, torch.tensor([0, 65535, 65535], dtype=torch.int32)).isnan().all()
 
 
 def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average(seed: int) -> None:
     w = any_floats(100_000)
-    bits = torch.randint(0, 2**16, w.shape)
+    bits = torch.randint(0, 2**16, w.shape, dtype=torch.int32)
     low, high = stochastic_bfloat16(w, torch.zeros_like(bits)), stochastic_bfloat16(w, torch.full_like(bits, 65535))
     rounded = stochastic_bfloat16(w, bits)
     assert torch.equal(low.view(torch.int16).int(), w.view(torch.int32) >> 16)
@@ -62,27 +62,59 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average(seed: i
 
     n = 2**20
     value = torch.full((n,), 1.0 + 0.3 * 2.0**-7)
-    key, seed_of_step = place_key(0, 3), step_seed(torch.tensor(7))
-    ups = stochastic_bfloat16(value, random_bits(value, key, seed_of_step) & 0xFFFF) > 1
+    draw = Rounding(place_key(0, 3), step_seed(torch.tensor(7)))
+    ups = stochastic_bfloat16(value, random_bits(0, n, draw) & 0xFFFF) > 1
     # The share of n draws has a standard deviation of 0.00045; six of them.
     assert ups.double().mean().item() == pytest.approx(0.3, abs=0.003)
 
 
 def test_random_bits_are_even_and_differ_between_elements_steps_and_parameters(seed: int) -> None:
-    like = torch.empty(2**16)
     draws = {
-        (position, step): random_bits(like, place_key(0, position), step_seed(torch.tensor(float(step))))
+        (position, step): random_bits(0, 2**16, Rounding(place_key(0, position), step_seed(torch.tensor(float(step)))))
         for position in (0, 1, 2)
         for step in (0, 1, 1000)
     }
     for name, bits in draws.items():
         for bit in range(32):  # 65536 fair coins: standard deviation 0.002
             assert ((bits >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=0.012), (name, bit)
-    values = [bits.double() / 2**32 - 0.5 for bits in draws.values()]
+    values = [bits.double() / 2**32 for bits in draws.values()]  # int32: in [-0.5, 0.5)
     for i, a in enumerate(values):
         for b in values[:i]:  # correlations of independent draws have a standard deviation of 0.004
             assert abs(float((a * b).mean()) * 12) < 0.025
     assert len({tuple(bits[:4].tolist()) for bits in draws.values()}) == len(draws)
+
+
+@pytest.mark.parametrize("start", [0, 2**31 - 2**10, 2**32, 3 * 2**32 + 5])
+def test_random_bits_follow_their_definition(start: int, seed: int) -> None:
+    """In integers without end, as kernels/rounding.py writes it; pieces are no part of it."""
+
+    def mix(x: int) -> int:
+        x ^= x >> 16
+        x = x * 0x7FEB352D % 2**32
+        x ^= x >> 15
+        x = x * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    key, of_step = torch.randint(2**32, (2,)).tolist()
+    found = random_bits(start, start + 2**11, Rounding(key, torch.tensor(of_step)))
+    expected = [mix((at % 2**32) ^ mix(at >> 32) ^ mix(of_step ^ key)) for at in range(start, start + 2**11)]
+    assert [bits % 2**32 for bits in found.tolist()] == expected
+
+
+def test_values_are_stored_in_pieces_as_at_once_and_in_any_layout(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    value = any_floats(3000)[: 3 * 5 * 70].view(3, 5, 70)
+    draw = Rounding(place_key(0, 1), step_seed(torch.tensor(3)))
+    for buffer in (torch.empty(3, 5, 70, dtype=BF16), torch.empty(70, 3, 5, dtype=BF16).permute(1, 2, 0)):
+        monkeypatch.setattr(rounding, "_PIECE_ON_CPU", 1 << 18)
+        whole = rounding.as_stored(value, buffer, draw, half=1)
+        monkeypatch.setattr(rounding, "_PIECE_ON_CPU", 64)
+        pieces = rounding.as_stored(value, buffer, draw, half=1)
+        assert whole.stride() == buffer.stride() == pieces.stride()
+        assert torch.equal(whole.view(torch.int16), pieces.view(torch.int16))
+        order = rounding.in_memory_order(value, buffer)
+        bits = random_bits(0, value.numel(), draw) >> 16 & 0xFFFF
+        expected = stochastic_bfloat16(order, bits).view(torch.int16)
+        assert torch.equal(rounding.in_memory_order(whole, buffer).view(torch.int16), expected)
 
 
 class Bf16Net(ConvNet):

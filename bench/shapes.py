@@ -155,6 +155,9 @@ def _norm(name: str, width: int) -> Iterator[NamedShape]:
     yield f"{name}.bias", (width,)
 
 
+#: Parameter lists of models; the others in SHAPES are of equal tensors.
+MODELS = ("resnet50", "vit_b_16", "vit_l_16", "bert_large", "gpt2", "gpt2_xl", "llama_1b", "llama_7b")
+
 SHAPES: dict[str, Callable[[], Iterator[NamedShape]]] = {
     "resnet50": resnet50,
     "vit_b_16": vit_b_16,

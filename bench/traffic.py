@@ -15,7 +15,7 @@ import fused_dals
 from bench import extras
 from bench.byte_table import STEP_DTYPES
 from bench.cache_model import PassPlan, bounds, predict, window_chunks
-from bench.shapes import SHAPES
+from bench.shapes import MODELS, SHAPES
 from bench.table import format_table
 from fused_dals.buckets import WINDOW_SHARE_OF_L2
 from fused_dals.fused import PROGRAMS_PER_SM
@@ -49,8 +49,6 @@ MODES = {
 #: The modes that windows are judged by: what runs, and the same on hardware that keeps to no marks.
 WINDOW_MODES = ("A writes h and m", "A writes h and m, no marks")
 WINDOW_SHARES = (0.0, 0.125, 0.25, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.75, 1.0, math.inf)
-#: Lists of one tensor or of nothing but tiny ones say nothing about windows.
-MODELS = ("resnet50", "vit_b_16", "vit_l_16", "bert_large", "gpt2", "gpt2_xl", "llama_1b", "llama_7b")
 EQUALLY_SLOW = 1.005
 #: A replay of so many chunks is within 1 % of one of all; tests/test_traffic.py holds it to that.
 MOST_CHUNKS = 50_000

@@ -13,6 +13,7 @@ from bench.contenders import ADAMW, ADAMW_FOREACH, COMPILED, FOREACH, FUSED, LOO
 from bench.figure import RUN_COLORS
 from bench.report.results import HostFile, Results, StepFile
 from bench.report.text import picture_of
+from bench.shapes import MODELS
 from bench.timing import Spread, StepRow
 
 #: A colour a path; torch's optimizers are grey. Everybody else is left to the tables.
@@ -39,19 +40,23 @@ def draw(results: Results, folder: Path) -> Iterator[Path]:
 
 
 def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
-    """Three panels: time against parameters, bandwidth against tensor size, host time against tensors."""
+    """Three panels: time of models against parameters, bandwidth of equal tensors against their size, host time against
+    the number of tensors.
+    """
     dtypes = next(iter(dict.fromkeys(row.dtypes for row in found.rows)))
     rows = [row for row in found.rows if row.dtypes == dtypes and row.device_s is not None]
     figure = Figure(figsize=(13, 5), layout="constrained")
     figure.suptitle(f"{found.environment['device']}, {dtypes}")
     time, bandwidth, host = figure.subplots(1, 3)
-    _lines(time, rows, lambda row: row.parameters, lambda row: _median(row.device_s, 1e3))
+    models = [row for row in rows if row.model in MODELS]
+    equal = [row for row in rows if row.model not in MODELS]
+    _lines(time, models or rows, lambda row: row.parameters, lambda row: _median(row.device_s, 1e3))
     time.set(title="Step time", xlabel="parameters", ylabel="ms, median")
-    _lines(bandwidth, rows, mean_size, lambda row: None if row.bytes_per_s is None else row.bytes_per_s / 1e9)
+    _lines(bandwidth, equal or rows, mean_size, lambda row: None if row.bytes_per_s is None else row.bytes_per_s / 1e9)
     if found.copy_bandwidth is not None:
-        bandwidth.axhline(found.copy_bandwidth / 1e9, color="0.3", ls=":", label="copy, same run (roofline)")
-        bandwidth.legend(loc="lower right", fontsize="small")
-    bandwidth.set(title="Bandwidth (least bytes over time)", xlabel="elements per tensor, mean", ylabel="GB/s, median")
+        roofline = bandwidth.axhline(found.copy_bandwidth / 1e9, color="0.3", ls=":", label="copy, same run (roofline)")
+        bandwidth.legend(handles=[roofline], loc="lower right", fontsize="small")
+    bandwidth.set(title="Bandwidth (least bytes over time)", xlabel="elements per tensor", ylabel="GB/s, median")
     _lines(host, rows, lambda row: row.tensors, lambda row: _median(row.host_s, 1e6))
     for file in hosts:
         costs = [cost for cost in file.costs if cost.groups == 1]
@@ -70,9 +75,10 @@ def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
     for axis in (time, bandwidth, host):
         axis.set(xscale="log", yscale="log")
         axis.grid(color="0.9", lw=0.6)
-    handles, labels = time.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+    shown = {str(line.get_label()): line for axis in (time, bandwidth) for line in axis.get_lines()}
+    handles = [shown[contender] for contender in STYLES if contender in shown]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
     return figure
 
 

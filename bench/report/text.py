@@ -11,7 +11,7 @@ from bench.cache_model import PassPlan, predict, window_chunks
 from bench.contenders import BASELINE, FUSED
 from bench.host import cost_table
 from bench.report.results import Results, StepFile
-from bench.shapes import SHAPES
+from bench.shapes import MODELS, SHAPES
 from bench.step_table import notes, step_cells, title
 from bench.timing import StepRow, ratios
 from bench.traffic import MOST_CHUNKS, USABLE
@@ -34,7 +34,8 @@ def readme_speed(results: Results) -> str:
                 f"One step in milliseconds, {dtypes}, medians of one run that took turns (in brackets: times "
                 f"{BASELINE}, round by round). {described(found.environment)}, [the file](bench/results/{found.name}):"
             )
-            blocks.append(_pivot(rows))
+            # Lists of equal tensors are for the plot of bandwidth, and for docs/speed.md.
+            blocks.append(_pivot([row for row in rows if row.model in MODELS] or rows))
     if results.steps:
         blocks.append(f"![Step time, bandwidth and host time](docs/{picture_of(results.steps[0].name)})")
     for host in results.hosts:

@@ -186,15 +186,22 @@ def test_slanted_triangle() -> None:
     assert slanted_triangle(55, 100) == pytest.approx((1 + 0.5 * 31) / 32)
 
 
-@pytest.mark.parametrize(("name", "cycle"), [("SGDR", 10), ("SGDR (corrected)", 10 * STEPS)])
-def test_sgdr_restarts(name: str, cycle: int, seed: int) -> None:
-    setup = small_setup(seed)
-    stepper = STRATEGIES[name](setup)
-    for step in range(cycle + 5):
-        place, length = (step, cycle) if step < cycle else (step - cycle, 2 * cycle)
-        expected = 1e-5 + (0.05 - 1e-5) * (1 + math.cos(math.pi * place / length)) / 2
-        assert rates(stepper) == pytest.approx([expected])
-        train(setup, stepper, step, step + 1)
+def test_sgdr_restarts(seed: int) -> None:
+    """As run, the counter goes up before a step, so the first cycle has 9. Corrected, three cycles fill the run."""
+
+    def annealed(place: float, length: float) -> float:
+        return 1e-5 + (0.05 - 1e-5) * (1 + math.cos(math.pi * place / length)) / 2
+
+    as_run = [annealed(c, 10) for c in range(1, 10)] + [annealed(c, 20) for c in range(20)] + [annealed(0, 40)]
+    part = math.ceil(EPOCHS * STEPS / 7)
+    corrected = [annealed(c, length * part) for length in (1, 2, 4) for c in range(length * part)][: EPOCHS * STEPS]
+    for name, expected in (("SGDR", as_run), ("SGDR (corrected)", corrected)):
+        setup = small_setup(seed)
+        stepper = STRATEGIES[name](setup)
+        for step, rate in enumerate(expected):
+            assert rates(stepper) == pytest.approx([rate]), (name, step)
+            train(setup, stepper, step, step + 1)
+    assert len(corrected) == EPOCHS * STEPS and corrected[-1] < 0.01 * corrected[0]
 
 
 def test_cosine_ends_at_its_floor_with_the_last_step(seed: int) -> None:
@@ -228,6 +235,9 @@ def test_ablations_change_the_part_they_name(seed: int) -> None:
     stepper = STRATEGIES["DALS, no trust ratio"](setup)
     train(setup, stepper, 0, 3)
     assert set(dals_in(stepper).trust_ratios().values()) == {1.0}
+    stepper = STRATEGIES["DALS, trust ratio 0.2"](setup)
+    train(setup, stepper, 0, 3)
+    assert list(dals_in(stepper).trust_ratios().values()) == pytest.approx([0.2] * 6)
     assert dals_of("DALS, no clamp", setup).param_groups[0]["trust_clip"] == (0, math.inf)
     group = dals_of("DALS, no filter", setup).param_groups[0]
     assert group["ema_decay"] == (1, 1, 1)
@@ -242,15 +252,23 @@ def test_random_phases_are_as_frequent_as_those_of_the_loss(seed: int) -> None:
     setup = small_setup(seed)
     stepper = ABLATIONS["DALS, random phases"](setup)
     assert isinstance(stepper, RandomPhases)
-    assert stepper.draw() == 0
+    assert stepper.draw() == 0 and stepper.recent.maxlen == STEPS
     used = []
     for step in range(40):
         train(setup, stepper, step, step + 1)
         used.append(EMA_DECAY.index(stepper.optimizer.param_groups[0]["ema_decay"][0]))
     assert sum(stepper.phase_counts) == 40 and used[0] == 0 and len(set(used)) > 1
-    stepper.phase_counts = [500, 300, 200]
+    assert stepper.record()["drawn_counts"] == [used.count(phase) for phase in range(3)]
+    # Phases that change while training are followed, whatever there was before the window.
+    stepper.recent.extend([0] * STEPS)
+    for phase in (1, 2):
+        stepper.recent.extend([phase] * STEPS)
+        assert {stepper.draw() for _ in range(100)} == {phase}
+    window = [0] * (STEPS // 2) + [1] * (STEPS - STEPS // 2)
+    stepper.recent.extend(window)
     drawn = [stepper.draw() for _ in range(3000)]
-    assert [drawn.count(phase) / 3000 for phase in range(3)] == pytest.approx([0.5, 0.3, 0.2], abs=0.06)
+    shares = [drawn.count(phase) / 3000 for phase in range(3)]
+    assert shares == pytest.approx([window.count(phase) / STEPS for phase in range(3)], abs=0.06)
 
 
 def test_fine_tuning_settings() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -123,31 +124,41 @@ class LossAware(Stepper):
 
 
 class RandomPhases(LossAware):
-    """DALS whose filter follows phases drawn at random, as often each as the loss has given them so far in this run.
+    """DALS whose filter follows phases drawn at random from those that the loss has given in the last `window` steps.
 
-    Before step t the phase of one of the steps 0 to t - 1 is drawn: the frequencies become those of the loss, the
-    order says nothing.
+    The frequencies follow those of the loss, which change while training; the order within a window says nothing.
     """
 
-    def __init__(self, optimizer: DALS, ema_decay: tuple[float, float, float], seed: int) -> None:
+    def __init__(self, optimizer: DALS, ema_decay: tuple[float, float, float], window: int, seed: int) -> None:
         super().__init__(optimizer)
         self.ema_decay = ema_decay
+        self.recent: deque[int] = deque(maxlen=window)
+        self.drawn_counts = [0, 0, 0]
         self.draws = torch.Generator().manual_seed(seed)
 
     def _update(self, loss: Tensor, loss_of_batch: LossOfBatch) -> None:
         phase = self.draw()
+        self.drawn_counts[phase] += 1
         for group in self.optimizer.param_groups:
             group["ema_decay"] = (self.ema_decay[phase],) * 3
         super()._update(loss, loss_of_batch)
+        self.recent.append(self.optimizer.phases()[0])
 
     def draw(self) -> int:
-        """The phase of some earlier step; 0 before the first."""
-        counts = self.phase_counts if any(self.phase_counts) else [1, 0, 0]
-        return int(torch.multinomial(torch.tensor(counts, dtype=torch.float64), 1, generator=self.draws))
+        """The phase of some recent step; 0 before the first."""
+        if not self.recent:
+            return 0
+        return self.recent[int(torch.randint(len(self.recent), (), generator=self.draws))]
+
+    def record(self) -> dict[str, Any]:
+        return {**super().record(), "drawn_counts": self.drawn_counts}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "draws": self.draws.get_state()}
+        own = {"recent": list(self.recent), "drawn_counts": self.drawn_counts, "draws": self.draws.get_state()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self.recent.extend(state["recent"])
+        self.drawn_counts = list(state["drawn_counts"])
         self.draws.set_state(state["draws"].cpu())

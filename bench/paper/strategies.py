@@ -14,18 +14,20 @@ from torch.optim import lr_scheduler
 
 from bench.paper.settings import (
     ADAM_WEIGHT_DECAY,
-    DALS_ACC_RESTART_MULT,
     DISCRIMINATIVE_FACTOR,
     FINAL_LR_OF_COSINES,
     MOMENTUM,
+    RESTART_MULT,
     TRUST_COEFFICIENT,
     Settings,
     in_steps,
 )
 from bench.paper.stepping import Grokfast, LossAware, RandomPhases, SharpnessAware, Stepper
 from fused_dals import DALS, DALSAcc, DALSFast
+from fused_dals.schedule import cosine_restarts
 
-CORRECTED_RESTART_EPOCHS = 10
+#: What DALS's ratios are on most tensors most of the time: the lower end of its clamp.
+USUAL_TRUST_RATIO = 0.2
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,26 @@ def cosine_sgd(setup: Setup) -> Stepper:
 
 
 def sgdr(setup: Setup) -> Stepper:
-    """As run: the first cycle is 10 steps on nets from scratch, where the method's authors mean epochs."""
-    return _sgdr(setup, in_steps(setup.settings.restart_steps, setup.steps_per_epoch))
+    """As run: the first cycle is 10 steps on nets from scratch, where the method's authors mean epochs, and the counter
+    goes up before a step, as DALS-Acc's does, so that it is 9."""
+    base = setup.settings.sgdr
+    optimizer = _sgd(setup.model.parameters(), base, setup)
+    cycle = in_steps(setup.settings.restart_steps, setup.steps_per_epoch)
+
+    def factor(step: int) -> float:
+        floor = FINAL_LR_OF_COSINES / base
+        return floor + (1 - floor) * cosine_restarts(step, cycle, RESTART_MULT)
+
+    return Stepper(optimizer, per_batch=lr_scheduler.LambdaLR(optimizer, factor))
 
 
 def sgdr_corrected(setup: Setup) -> Stepper:
-    return _sgdr(setup, CORRECTED_RESTART_EPOCHS * setup.steps_per_epoch)
-
-
-def _sgdr(setup: Setup, cycle: int) -> Stepper:
+    """Three cycles of 1, 2 and 4 parts of the run, which ends with the last of them."""
     optimizer = _sgd(setup.model.parameters(), setup.settings.sgdr, setup)
-    restarts = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, cycle, T_mult=2, eta_min=FINAL_LR_OF_COSINES)
+    cycle = math.ceil(setup.total_steps / (1 + RESTART_MULT + RESTART_MULT**2))
+    restarts = lr_scheduler.CosineAnnealingWarmRestarts(
+        optimizer, cycle, T_mult=RESTART_MULT, eta_min=FINAL_LR_OF_COSINES
+    )
     return Stepper(optimizer, per_batch=restarts)
 
 
@@ -251,7 +262,7 @@ def dals_acc(setup: Setup) -> Stepper:
         weight_decay=settings.dals_acc_weight_decay,
         trust_coefficient=TRUST_COEFFICIENT,
         restart_steps=in_steps(settings.acc_restart_steps, setup.steps_per_epoch),
-        restart_mult=DALS_ACC_RESTART_MULT,
+        restart_mult=RESTART_MULT,
         depth=setup.depths(),
     )
     return LossAware(optimizer)
@@ -265,7 +276,7 @@ def _fixed_phase(phase: int) -> Strategy:
 
 
 def _random_phases(setup: Setup) -> Stepper:
-    return RandomPhases(DALS(setup.model, **dals_options(setup)), EMA_DECAY, setup.seed)
+    return RandomPhases(DALS(setup.model, **dals_options(setup)), EMA_DECAY, setup.steps_per_epoch, setup.seed)
 
 
 def _depth_reversed(setup: Setup) -> Stepper:
@@ -308,6 +319,7 @@ ABLATIONS: Mapping[str, Strategy] = {
     "DALS, random phases": _random_phases,
     "DALS, no filter": partial(dals, ema_decay=(1.0, 1.0, 1.0)),
     "DALS, no trust ratio": partial(dals, trust_clip=(1.0, 1.0)),
+    "DALS, trust ratio 0.2": partial(dals, trust_clip=(USUAL_TRUST_RATIO, USUAL_TRUST_RATIO)),
     "DALS, no clamp": partial(dals, trust_clip=(0.0, math.inf)),
     "DALS, depth reversed": _depth_reversed,
     "DALS, depth constant": partial(dals, depth=0.5),

@@ -37,7 +37,15 @@ TASK = PaperTask(
 )
 
 
-def run(strategy: str, seed: int, checkpoint: Path, epochs: int = EPOCHS) -> RunResult:
+class Killed(Exception):
+    """Raised after an epoch, in place of a kill."""
+
+
+def run(strategy: str, seed: int, checkpoint: Path, epochs: int = EPOCHS, kill_after: int | None = None) -> RunResult:
+    def on_epoch(done: int, accuracy: float) -> None:
+        if done == kill_after:
+            raise Killed
+
     torch.set_num_threads(1)
     return train_run(
         TASK,
@@ -47,7 +55,8 @@ def run(strategy: str, seed: int, checkpoint: Path, epochs: int = EPOCHS) -> Run
         options=Options(),
         device=torch.device("cpu"),
         checkpoint=checkpoint,
-        on_epoch=lambda epoch, accuracy: None,
+        about={"epochs": epochs},
+        on_epoch=on_epoch,
     )
 
 

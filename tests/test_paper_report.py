@@ -9,8 +9,9 @@ import pytest
 
 from bench import published
 from bench.paper import cli
-from bench.paper.ablation import ablation_table, differences, half_width
+from bench.paper.ablation import ablation_table
 from bench.paper.figures import STYLE, ranks
+from bench.paper.paired import differences, half_width, last
 from bench.paper.report import filled, found, title_of
 from bench.paper.results import Experiment
 from bench.paper.strategies import CORRECTED, PUBLISHED
@@ -43,7 +44,9 @@ def test_ranks_share_the_mean_place_of_equals(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     for strategy, hits in (("DALS", 40), ("Adam", 30), ("SAM", 30), ("Lion", 20)):
         add(experiment, strategy, 42, [hits])
-    assert ranks(experiment, lambda record: record.last) == {"DALS": 1, "Adam": 2.5, "SAM": 2.5, "Lion": 4}
+    add(experiment, "SGDR (corrected)", 42, [35])
+    expected = {"DALS": 1, "Adam": 2.5, "SAM": 2.5, "Lion": 4, "SGDR (corrected)": 2}
+    assert ranks(experiment, last) == expected, "what the paper lacks takes nobody's place"
 
 
 def test_every_strategy_has_a_line_of_its_own() -> None:
@@ -54,8 +57,8 @@ def test_every_strategy_has_a_line_of_its_own() -> None:
 def test_differences_are_taken_seed_by_seed(results: Path) -> None:
     experiment = Experiment(results / "synthetic-b-2-epochs")
     add(experiment, "DALS, no clamp", 1042, [1, 2])
-    assert differences(experiment, "DALS, no filter", lambda record: record.last) == [2, 10]
-    assert differences(experiment, "DALS, no clamp", lambda record: record.last) == [], "DALS lacks that seed"
+    assert differences(experiment, "DALS, no filter", "DALS", last) == [2, 10]
+    assert differences(experiment, "DALS, no clamp", "DALS", last) == [], "DALS lacks that seed"
     table = ablation_table([("B", experiment)]).splitlines()
     assert table[2].split() == ["DALS", "itself,", "%", "84.00", "(2)", "84.00", "(2)"]
     width = 12.7062 * math.sqrt(32) / math.sqrt(2)
@@ -120,6 +123,8 @@ def test_command_line_writes_document_and_figures(results: Path, capsys: pytest.
     assert "DALS-Acc" in text and "DALS-Acc" in out
     rows = [line.split() for line in out.splitlines()]
     assert ["synthetic-b-2-epochs", "2", "1", "variants", "of", "DALS", "2", "2", "0.0"] in rows
+    compared = next(row for row in rows if row and row[0] == "AdaBound")
+    assert compared[12:16] == ["+10.00", "±", "0.00", "(2)"], "five places after Fixed SGD, two rows of 100 each"
     for name in ("paper-accuracy.png", "paper-time.png", "paper-ranks.png"):
         assert (docs.parent / name).read_bytes().startswith(b"\x89PNG")
 

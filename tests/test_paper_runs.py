@@ -80,13 +80,55 @@ def test_a_killed_run_goes_on_to_the_same_bits(seed: int, tmp_path: Path) -> Non
 def test_other_random_numbers_would_end_in_other_bits(seed: int, tmp_path: Path) -> None:
     """Negative control: the comparison sees a run resumed with the wrong random state."""
     paper_run.run("DALS", seed, tmp_path / "whole")
-    paper_run.run("DALS", seed, tmp_path / "resumed", epochs=5)
-    state = torch.load(tmp_path / "resumed", weights_only=True)
+    for name in ("right", "wrong"):
+        with pytest.raises(paper_run.Killed):
+            paper_run.run("DALS", seed, tmp_path / name, kill_after=5)
+    state = torch.load(tmp_path / "wrong", weights_only=True)
     state["random"]["cpu"] = torch.manual_seed(seed + 1).get_state()
-    torch.save(state, tmp_path / "resumed")
-    # The schedule of 12 epochs is the optimizer's in both cases: checkpoints carry it.
-    paper_run.run("DALS", seed, tmp_path / "resumed")
-    assert not same(without_time(tmp_path / "whole")["model"], without_time(tmp_path / "resumed")["model"])
+    torch.save(state, tmp_path / "wrong")
+    for name in ("right", "wrong"):
+        paper_run.run("DALS", seed, tmp_path / name)
+    whole, right, wrong = (without_time(tmp_path / name)["model"] for name in ("whole", "right", "wrong"))
+    assert same(whole, right) and not same(whole, wrong)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(seed: int, tmp_path: Path) -> None:
+    with pytest.raises(paper_run.Killed):
+        paper_run.run("DALS", seed, tmp_path / "run", kill_after=2)
+    with pytest.raises(SystemExit, match="of a run with other settings; delete it"):
+        paper_run.run("DALS", seed, tmp_path / "run", epochs=5)
+
+
+def test_runs_of_other_settings_are_kept_apart(seed: int, tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path / "small")
+    run_all(plan(["DALS"], [seed]), experiment)
+    with pytest.raises(SystemExit, match=r"dals\.json holds runs with epochs 3, not 4"):
+        run_all(replace(plan(["DALS"], [seed + 1]), epochs=4), experiment)
+    assert experiment.seeds("DALS") == [seed] and not list(experiment.folder.glob("*.checkpoint"))
+
+
+def test_a_run_that_another_process_has_finished_is_kept(seed: int, tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path / "small")
+    run_all(plan(["DALS"], [seed]), experiment)
+    before = experiment.file("DALS").read_text()
+    result = paper_run.run("DALS", seed, experiment.checkpoint("DALS", seed), 3)
+    experiment.add("DALS", plan(["DALS"], [seed]).about("DALS"), result, {})
+    assert experiment.file("DALS").read_text() == before and not list(experiment.folder.glob("*.checkpoint"))
+
+
+def test_processes_that_finish_at_once_lose_nothing(seed: int, tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path / "small")
+    result = paper_run.run("DALS", seed, tmp_path / "one", 1)
+    context = multiprocessing.get_context("forkserver")
+    processes = [
+        context.Process(target=experiment.add, args=("DALS", {"strategy": "DALS"}, replace(result, seed=number), {}))
+        for number in range(8)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert experiment.seeds("DALS") == list(range(8))
 
 
 def test_finished_runs_are_kept_and_not_done_again(tmp_path: Path, seed: int) -> None:
@@ -179,7 +221,7 @@ def test_table_sets_measured_beside_published(tmp_path: Path) -> None:
         curves = Curves([30, 48], [32, last - 48], [2.0, 1.0], [0.5, 0.5])
         experiment.add("DALS", {"strategy": "DALS"}, RunResult(seed, 100, curves, {}), {})
     line = results_table(experiment, TASKS["synthetic-a"], 80).splitlines()[2].replace(" ± ", "±").split()
-    assert line == ["DALS", "98.0", "99.00", "97.00±2.83", "97.00±2.83", "97.00±2.83", "1/2/2/2", "2/2/3/3", "2", "1"]
+    assert line == ["DALS", "98.0", "99.00", *["97.00±2.83"] * 3, "-", "1/2/2/2", "2/2/3/3", "2", "1"]
     shorter = results_table(experiment, TASKS["synthetic-a"], 40).splitlines()[2].split()
     assert shorter[1] == "-", "nothing is published for another number of epochs"
 

@@ -83,17 +83,19 @@ def _mean(records: Sequence[Record], values: Callable[[Record], list[float]]) ->
 
 
 def ranks(experiment: Experiment, measure: Callable[[Record], float]) -> dict[str, float]:
-    """Rank of every strategy by its mean over the seeds, 1 for the best; equal means share the mean of their ranks."""
+    """Rank among the paper's strategies by the mean over the seeds, 1 for the best; equal means share the mean of their
+    ranks. The corrected ones have the rank that they would take there.
+    """
     means = {
         name: round(statistics.mean(map(measure, records)), 9)
         for name in [*PUBLISHED, *CORRECTED]
         if (records := experiment.records(name))
     }
-    values = list(means.values())
-    return {
-        name: 1 + sum(other > value for other in values) + (values.count(value) - 1) / 2
-        for name, value in means.items()
-    }
+    found = {}
+    for name, value in means.items():
+        others = [means[other] for other in PUBLISHED if other in means and other != name]
+        found[name] = 1 + sum(other > value for other in others) + others.count(value) / 2
+    return found
 
 
 def draw_ranks(shown: Shown, path: Path) -> None:
@@ -106,6 +108,8 @@ def draw_ranks(shown: Shown, path: Path) -> None:
     figure = Figure(figsize=(3.5 + 1.9 * len(shown) * len(measures) / 2 + 2, 8), layout="constrained")
     for axis, (title, measure) in zip(figure.subplots(1, len(measures), sharey=True), measures, strict=True):
         found = [ranks(experiment, measure) for _, experiment in shown]
+        counts = [sum(name in PUBLISHED for name in column) for column in found]
+        labels = [f"{label} (of {count})" for (label, _), count in zip(shown, counts, strict=True)]
         table = np.array([[column.get(name, np.nan) for column in found] for name in names])
         shade = (table - 1) / (np.array([max(column.values(), default=2) for column in found]) - 1)
         axis.imshow(shade, cmap=matplotlib.colormaps["viridis_r"], aspect="auto", vmin=0, vmax=1)
@@ -114,6 +118,6 @@ def draw_ranks(shown: Shown, path: Path) -> None:
                 dark = shade[row, column] > 0.5
                 axis.text(column, row, f"{rank:g}", ha="center", va="center", color="white" if dark else "black")
         axis.set_title(f"Rank {title}", fontsize=10)
-        axis.set_xticks(range(len(shown)), [label for label, _ in shown], rotation=30, ha="right", fontsize=8)
+        axis.set_xticks(range(len(shown)), labels, rotation=30, ha="right", fontsize=8)
         axis.set_yticks(range(len(names)), names)
     figure.savefig(path, dpi=85)

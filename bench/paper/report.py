@@ -16,6 +16,8 @@ from bench.paper.tables import chaos_table, coverage_table, notes, results_table
 from bench.paper.tasks import TASKS, PaperTask
 
 FEWEST_STRATEGIES = 5
+#: In the names of folders with runs of which one weight was moved: they have a table of their own, and no other.
+NUDGED = "-nudge-"
 FIGURES = {"curves": "paper-accuracy.png", "time": "paper-time.png", "ranks": "paper-ranks.png"}
 
 
@@ -38,11 +40,12 @@ def main(argv: Sequence[str]) -> int:
     folders = found(args.results)
     if not folders:
         raise SystemExit(f"error: no results in {args.results}; python -m bench paper TASK makes some")
-    blocks = {folder.name: text_of(folder) for folder in folders}
+    blocks = {folder.name: text_of(folder) for folder in folders if NUDGED not in folder.name}
     blocks["notes"] = "\n".join(notes())
-    nudged = [Experiment(folder) for folder in folders if re.fullmatch(r"synthetic-a-nudge-\d+", folder.name)]
+    nudged = [Experiment(folder) for folder in folders if folder.name.startswith(f"synthetic-a{NUDGED}")]
     blocks["chaos"] = chaos_table(Experiment(args.results / "synthetic-a"), nudged, TASKS["synthetic-a"])
     blocks["coverage"] = coverage_table([(folder.name, Experiment(folder)) for folder in folders])
+    folders = [folder for folder in folders if NUDGED not in folder.name]
     blocks["ablations"] = ablation_table([(title_of(folder), Experiment(folder)) for folder in folders])
     for name, text in blocks.items():
         print(f"\n{name}\n\n{text}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +91,30 @@ class Experiment:
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"error: {file} is not a results file of this benchmark ({error}); move it away") from None
 
+    def check(self, strategy: str, about: dict[str, Any]) -> None:
+        """Refuse to put runs of other settings into one file."""
+        file = self.file(strategy)
+        head = json.loads(file.read_text()) if file.exists() else {}
+        for key, value in json.loads(json.dumps(about)).items():
+            if key in head and head[key] != value:
+                raise SystemExit(
+                    f"error: {file} holds runs with {key} {head[key]!r}, not {value!r}; give another folder with "
+                    "--results, or move the file away"
+                )
+
     def add(self, strategy: str, about: dict[str, Any], result: RunResult, environment: dict[str, Any]) -> None:
-        """Write a finished run beside the earlier ones; its checkpoint is of no more use then."""
+        """Write a finished run beside the earlier ones; its checkpoint is of no more use then.
+
+        Where another process has finished the same run meanwhile, that one is kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder):
+            self.check(strategy, about)
+            if result.seed not in self.seeds(strategy):
+                self._write(strategy, about, result, environment)
+        self.checkpoint(strategy, result.seed).unlink(missing_ok=True)
+
+    def _write(self, strategy: str, about: dict[str, Any], result: RunResult, environment: dict[str, Any]) -> None:
         file = self.file(strategy)
         runs = json.loads(file.read_text())["runs"] if file.exists() else []
         run = {
@@ -105,6 +130,15 @@ class Experiment:
         runs = sorted([*runs, run], key=lambda run: run["seed"])
         head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
         lines = ",\n".join(f"  {json.dumps(run)}" for run in runs)
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, f'{{\n{head} "runs": [\n{lines}\n ]\n}}\n'.encode())
-        self.checkpoint(strategy, result.seed).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process that held it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -54,6 +54,8 @@ class Plan:
 def run_all(plan: Plan, experiment: Experiment) -> None:
     """Do what is missing in the experiment's folder."""
     experiment.folder.mkdir(parents=True, exist_ok=True)
+    for strategy in plan.strategies:
+        experiment.check(strategy, plan.about(strategy))
     done = {strategy: experiment.seeds(strategy) for strategy in plan.strategies}
     missing = [
         (seed, strategy) for seed, strategy in product(plan.seeds, plan.strategies) if seed not in done[strategy]
@@ -66,7 +68,9 @@ def run_all(plan: Plan, experiment: Experiment) -> None:
                 bar.update(before + epochs - bar.n)
                 bar.set_postfix_str(f"{accuracy:.2f} %")
 
-            described = plan.environment()
+            if seed in experiment.seeds(strategy):
+                continue  # finished by another process meanwhile
+            described, about = plan.environment(), plan.about(strategy)
             result = train_run(
                 plan.task,
                 strategy,
@@ -75,6 +79,7 @@ def run_all(plan: Plan, experiment: Experiment) -> None:
                 options=plan.options,
                 device=plan.device,
                 checkpoint=experiment.checkpoint(strategy, seed),
+                about={**about, "threads": plan.threads, "device": plan.device.type},
                 on_epoch=on_epoch,
             )
-            experiment.add(strategy, plan.about(strategy), result, described)
+            experiment.add(strategy, about, result, described)

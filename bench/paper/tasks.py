@@ -140,7 +140,7 @@ RATES = ("scratch", "fine-tuning")
 def with_model(task: PaperTask, options: Options, rates: str | None) -> PaperTask:
     """The text task with this model and these learning rates, by default those that fit the model.
 
-    Nothing is published for a model from scratch, nor for the other set of rates.
+    Nothing is published for other models than DistilBERT, nor for the other set of rates.
     """
     if not task.packages:
         return task
@@ -152,7 +152,8 @@ def with_model(task: PaperTask, options: Options, rates: str | None) -> PaperTas
         title += f", learning rates for {rates}"
     if (rates or fitting) == "scratch":
         settings = from_scratch(weight_decay=5e-4)
-    return replace(task, title=title, settings=settings, published=task.published if title == task.title else None)
+    as_published = title == task.title and Options.model in options.model  # a folder's name may hold the model's
+    return replace(task, title=title, settings=settings, published=task.published if as_published else None)
 
 
 def _fitting_rates(options: Options) -> str:

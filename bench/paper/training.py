@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import time
@@ -58,9 +59,12 @@ def train_run(
     options: Options,
     device: torch.device,
     checkpoint: Path,
+    about: dict[str, Any],
     on_epoch: Callable[[int, float], object],
 ) -> RunResult:
     """Train, with a checkpoint after every epoch; a checkpoint that is there already is gone on from.
+
+    `about` is what a run must have in common with the one whose checkpoint it goes on from.
 
     `on_epoch(epochs done, test accuracy in percent)` is called at the beginning and after each epoch. The checkpoint is
     deleted by whoever keeps the result.
@@ -75,6 +79,11 @@ def train_run(
     curves = Curves()
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        if saved["about"] != packable(about):
+            raise SystemExit(
+                f"error: {checkpoint} is of a run with other settings; delete it to begin anew, or go on with its own: "
+                f"{saved['about']}"
+            )
         model.load_state_dict(saved["model"])
         stepper.load_state_dict(saved["stepper"])
         curves = Curves(**saved["curves"])
@@ -100,6 +109,7 @@ def train_run(
             "stepper": stepper.state_dict(),
             "curves": vars(curves),
             "random": _random_state(device),
+            "about": packable(about),
         }
         write_atomically(checkpoint, packed(state))
         on_epoch(len(curves.loss), 100 * (even + odd) / test_rows)
@@ -124,6 +134,11 @@ def count_hits(problem: Problem, device: torch.device) -> tuple[int, int]:
     chunks = zip(problem.data.x_test.split(EVALUATION_ROWS), problem.data.y_test.split(EVALUATION_ROWS), strict=True)
     hits = torch.cat([problem.logits(problem.model, x.to(device)).argmax(dim=1).cpu() == y for x, y in chunks])
     return int(hits[::2].sum()), int(hits[1::2].sum())
+
+
+def packable(about: dict[str, Any]) -> str:
+    """As text, because tuples and numbers come back from files as something else."""
+    return json.dumps(about, sort_keys=True)
 
 
 def packed(state: Any) -> bytes:

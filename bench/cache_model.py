@@ -6,8 +6,9 @@ as it has bytes to move, stage B no less where it finds them in the cache, and w
 So the order in which memory is touched is that of the items' starts. The cache is empty when the step begins, as a
 backward pass leaves it. What is written is written back once: no tensor is written twice in a step.
 
-Not in the model: sets and hashes of addresses, halves of an L2 that may hold a line twice, sectors, the tables (2 bytes
-per 1000 parameters), and that a hit is faster than a miss. The first two are why a smaller cache should be tried too.
+Not in the model: that tails, and tensors of odd addresses or strides, are not marked; sets and hashes of addresses,
+halves of an L2 that may hold a line twice, sectors, the tables (2 bytes per 1000 parameters), and that a hit is faster
+than a miss. Hashes and halves are why a smaller cache should be tried too.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from heapq import heapreplace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bench.byte_table import Dtypes, item_sizes, least_bytes, uncached_bytes
 from fused_dals import buckets
-from fused_dals.buckets import CHUNK
+from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
+from fused_dals.fused import PROGRAMS_PER_SM
 from fused_dals.kernels import layout
 from fused_dals.worklist import packed_work_list
 
@@ -75,6 +78,16 @@ class _Items:
     elements: list[int]
     tensors: int
     places: int
+
+
+def plan_in_use() -> dict[str, Any]:
+    """What the fused pass is launched with where nothing else is asked for, for the record of a measurement."""
+    return {
+        "window_share": WINDOW_SHARE_OF_L2,
+        "programs_per_sm": PROGRAMS_PER_SM,
+        "stage_a_writes": torch.version.hip is None,
+        "evict_first": True,
+    }
 
 
 def bounds(plan: PassPlan) -> tuple[int, int]:

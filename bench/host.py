@@ -1,7 +1,6 @@
 """``python -m bench host``: what a fused step costs the host, on any machine; kernel launches are no-ops."""
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 
-from bench import environment, extras
+from bench import environment, extras, record
+from bench.machine import find_machine
 from bench.table import format_table
 from bench.timing import Spread
 from fused_dals import DALS
@@ -67,13 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             costs.append(measure(tensors, groups, args.repeats))
     print(cost_table(costs))
     if args.json is not None:
-        record = {
-            "environment": environment.describe(torch.get_num_threads()),
-            "repeats": args.repeats,
-            "results": [asdict(cost) for cost in costs],
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        found = {"repeats": args.repeats, "results": [asdict(cost) for cost in costs]}
+        record.save(args.json, {"environment": environment.of_machine(find_machine()), **found})
         print(f"\nresults: {args.json}")
     return 0
 
@@ -85,7 +80,7 @@ class _NoLaunch:
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Kernels that do nothing, wherever the package launches one."""
+    """Kernels that do nothing, wherever a step of whole tensors launches one."""
     from fused_dals.kernels import fused_pass, grad_scan, prologue
 
     modules: dict[str, Any] = {"fused_pass": fused_pass, "grad_scan": grad_scan, "prologue": prologue}

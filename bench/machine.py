@@ -18,7 +18,7 @@ from bench import environment
 #: Category and name of a kernel, memset or copy.
 Launch = tuple[str, str]
 
-#: Larger than the caches of any processor.
+#: Larger than the caches of all but the largest servers, of which one core reaches a part.
 HOST_COPY_BYTES = 1 << 28
 
 

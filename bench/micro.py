@@ -12,6 +12,7 @@ import torch
 
 from bench import environment, extras, record
 from bench.byte_table import STEP_DTYPES, Dtypes
+from bench.cache_model import plan_in_use
 from bench.compiled import CompileBudget, compiled_contender
 from bench.contenders import (
     BASELINE,
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=STEP_DTYPES, default=list(STEP_DTYPES))
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these; None: all")
-    add_timing_options(parser, of_each="contender", compile_seconds=120.0, after_each="list")
+    add_timing_options(parser, of_each="contender", compile_seconds=120.0, compile_of="each list", after_each="list")
     return parser
 
 
@@ -63,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = find_machine()
     shapes = args.shapes or default_shapes(machine)
     lists = [(model, dtypes) for model in (SHAPES if "all" in shapes else shapes) for dtypes in args.dtypes]
-    budget = CompileBudget(args.compile_seconds, args.compile_seconds)
-    run(machine, lists, args.repeats, args.contenders, budget, args.json)
+    run(machine, lists, args.repeats, args.contenders, args.compile_seconds, args.json)
     return 0
 
 
@@ -78,7 +78,7 @@ def run(
     lists: Sequence[tuple[str, str]],
     repeats: int,
     only: Sequence[str] | None,
-    budget: CompileBudget,
+    compile_seconds: float,
     path: Path | None,
 ) -> list[StepRow]:
     """Time the lists of (model, dtypes) one after the other; prints tables, saves after each."""
@@ -91,6 +91,7 @@ def run(
     with tqdm(total=len(lists), unit="list") as lists_bar:
         for model, name in lists:
             shapes = list(SHAPES[model]())
+            budget = CompileBudget(compile_seconds, compile_seconds)
             contenders = contenders_of(STEP_DTYPES[name], len(shapes), machine, budget)
             if only is not None:
                 contenders = {chosen: contenders[chosen] for chosen in contenders if chosen in only}
@@ -126,7 +127,7 @@ def record_of(
     """Everything, ready for JSON."""
     return {
         "environment": described,
-        "settings": {"repeats": repeats, "baseline": BASELINE, "seed": SEED},
+        "settings": {"repeats": repeats, "baseline": BASELINE, "seed": SEED, "plan": plan_in_use()},
         "copy_bytes_per_s": {"best": max(copies, default=None), "samples": list(copies)},
         "steps": [asdict(row) for row in rows],
     }

@@ -9,11 +9,15 @@ import torch
 
 
 def add_timing_options(
-    parser: argparse.ArgumentParser, *, of_each: str, compile_seconds: float, after_each: str
+    parser: argparse.ArgumentParser, *, of_each: str, compile_seconds: float, compile_of: str, after_each: str
 ) -> None:
-    """``of_each``: what a sample is taken of; ``after_each``: when results are written anew."""
+    """``of_each``: what a sample is taken of; ``compile_of``: what the seconds for torch.compile are for;
+    ``after_each``: when results are written anew.
+    """
     parser.add_argument("--repeats", type=int, default=20, help=f"samples per {of_each}")
-    parser.add_argument("--compile-seconds", type=float, default=compile_seconds, help="for torch.compile, in all")
+    parser.add_argument(
+        "--compile-seconds", type=float, default=compile_seconds, help=f"for torch.compile, in {compile_of}"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help=f"where to write the results, after each {after_each} anew"

@@ -13,7 +13,9 @@ from bench.timing import Spread, StepRow, ratios
 DEVICE_NOTES = """\
 ms: CUDA events around several steps back to back, behind other work, so that the host's time is hidden as far as the
 queue of launches is long. host: step() into an empty queue, without waiting. A loop of steps takes the larger one."""
-HOST_NOTES = "ms: wall clock of a step, of several where one is short."
+HOST_NOTES = """\
+ms: wall clock of a step, of several where one is short. What updates in place may be faster than a copy, which also
+reads the lines that it writes."""
 STEP_NOTES = """\
 p10, p90: percentiles of the samples. x: time in units of the baseline's, round by round.
 GB/s: bytes that the optimizer must move at least (28, 22 or 14 per parameter for DALS, one gradient more to clip, 4

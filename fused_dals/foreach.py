@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fused_dals.memory_order import in_memory_order
 from fused_dals.reference import compute_dtype, trust_ratio
-from fused_dals.rounding import Rounding, as_stored, in_memory_order, join, split
+from fused_dals.rounding import Rounding, as_stored, join, split
 from fused_dals.update import Update, run_whole
 
 TensorList: TypeAlias = list[Tensor] | tuple[Tensor, ...]

@@ -1,13 +1,13 @@
 """Sixteen-bit storage: stochastic rounding to bfloat16, and a bfloat16 weight with the bits that it lacks beside it.
 
-The rules, which kernels/rounding.py follows bit for bit:
+The rules, which kernels/rounding.py follows bit for bit, but for the payloads of NaN:
 
 - *Stochastic rounding.* A float32 value lies between two bfloat16 neighbours; it goes to the upper one with probability
   (distance to the lower) / (their distance), so that its expectation is itself and small updates are not lost. The
   random bits are a hash of (completed steps, place of the parameter in its group, which shard of it, index of the
   element in that): no generator, no state, the same bits in every rerun and after every resume on as many ranks.
 - *Compensation.* A float32 weight w is stored as ``param``, w rounded to the nearest bfloat16, ties away from zero, and
-  an int16 ``compensation``, the difference of their bit patterns. Both together are w exactly, NaN payloads apart.
+  an int16 ``compensation``, the difference of their bit patterns. Both together are w exactly.
   Ties to even cannot be held this way: 65,537 float32 values round to one even bfloat16, and int16 has 65,536.
 """
 
@@ -17,6 +17,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from fused_dals.memory_order import in_memory_order, out_of_memory_order
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
@@ -85,31 +87,25 @@ def random_bits(start: int, stop: int, rounding: Rounding) -> Tensor:
 
 
 def stochastic_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """``value`` (float32) as bfloat16, rounded by ``bits`` in [0, 2^16), int32, which are overwritten."""
-    bits += value.view(torch.int32)
-    bits &= ~0xFFFF  # infinities come out as they were; NaN might not
-    return torch.where(value.isnan(), value, bits.view(torch.float32)).to(torch.bfloat16)
+    """``value`` (float32) as bfloat16, rounded by ``bits`` in [0, 2^16), int32."""
+    rounded = (bits + value.view(torch.int32)).bitwise_and_(~0xFFFF)  # infinities come out as they were; NaN might not
+    return torch.where(value.isnan(), value, rounded.view(torch.float32)).to(torch.bfloat16)
 
 
 def as_stored(value: Tensor, buffer: Tensor, rounding: Rounding | None, half: int) -> Tensor:
     """A state value in the dtype of its buffer; bfloat16 by the lower (0) or upper (1) half of its random bits."""
     if buffer.dtype != torch.bfloat16 or rounding is None:
         return value.to(buffer.dtype)
-    stored = torch.empty_like(buffer)
     rounding = Rounding(rounding.key, rounding.seed.to(buffer.device))
-    values, target = in_memory_order(value, buffer), in_memory_order(stored, buffer)
+    values = in_memory_order(value, buffer)
+    stored = torch.empty(values.shape, dtype=buffer.dtype, device=buffer.device)
     piece = _PIECE_ON_CPU if buffer.device.type == "cpu" else _PIECE
     for start in range(0, buffer.numel(), piece):
         stop = min(start + piece, buffer.numel())
         bits = random_bits(start, stop, rounding)
         bits = (bits.bitwise_right_shift_(16) if half else bits).bitwise_and_(0xFFFF)
-        target[start:stop] = stochastic_bfloat16(values[start:stop], bits)
-    return stored
-
-
-def in_memory_order(tensor: Tensor, dense: Tensor) -> Tensor:
-    """All elements in one dimension, in the order in which ``dense`` holds them: no copy where ``tensor`` does too."""
-    return tensor.permute(sorted(range(dense.dim()), key=dense.stride, reverse=True)).reshape(-1)
+        stored[start:stop] = stochastic_bfloat16(values[start:stop], bits)
+    return out_of_memory_order(stored, buffer)
 
 
 def join(param: Tensor, compensation: Tensor) -> Tensor:

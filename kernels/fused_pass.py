@@ -54,6 +54,7 @@ PARTIALS_PER_TURN = tl.constexpr(256)
 
 @triton.jit
 def _load(ptr, at, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
+    """Of full chunks with an eviction policy; strides or odd addresses may bring the masked branch back to a line."""
     if MASKED:
         return tl.load(ptr + at, mask=mask, other=0.0)
     else:
@@ -62,6 +63,7 @@ def _load(ptr, at, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
 
 @triton.jit
 def _store(ptr, at, value, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
+    """As ``_load``."""
     if MASKED:
         tl.store(ptr + at, value, mask=mask)
     else:
@@ -261,7 +263,7 @@ def fused_pass(
     the scale of a GradScaler. State in bfloat16 is rounded stochastically.
 
     EVICT_FIRST: what the step does not touch again is the first to leave the L2 cache, which keeps what stage B comes
-    back for. On full chunks only: strides or odd addresses may bring the masked branch back to the same lines.
+    back for. On full chunks only, see _load.
     """
     LAST_USE: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")

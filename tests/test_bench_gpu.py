@@ -599,7 +599,8 @@ def test_bytes_of_the_plan() -> None:
     large = 1 << 30
     for dtypes, bytes_per_parameter in ((FP32, 36), (MIXED, 28), (BF16, 18)):
         assert plan_bytes([large], dtypes, l2) / large == pytest.approx(bytes_per_parameter, rel=1e-3)
-    assert plan_bytes([2 * l2 // 16], FP32, l2) == 2 * l2 // 16 * 28 + l2 // 16 * 8
+    # p and m are 8 bytes of float32: of twice as many parameters as fit, half is read again.
+    assert plan_bytes([2 * l2 // 8], FP32, l2) == 2 * l2 // 8 * 28 + l2 // 8 * 8
 
 
 def _step_row(model: str, contender: str, milliseconds: float) -> StepRow:

@@ -11,8 +11,9 @@ import pytest
 
 from bench import record, report
 from bench.__main__ import main
+from bench.cache_model import plan_in_use
 from bench.contenders import ADAMW, BASELINE, FOREACH, FUSED
-from bench.report.results import Results, load
+from bench.report.results import DEMO, Results, load
 from bench.report.text import NO_GPU, readme_speed, speed_page, traffic_block
 from bench.step_table import row_from
 from bench.timing import Spread, StepRow
@@ -29,13 +30,12 @@ def test_every_step_file_has_its_picture() -> None:
 
 
 def test_all_committed_results_are_read() -> None:
-    """Every file but the demonstration's is of a kind that the report knows."""
+    """Every file is of a kind that the report knows."""
     results = load(report.RESULTS)
     names = {step.name for step in results.steps} | {host.name for host in results.hosts}
     names |= {name for name, _ in results.training}
     others = {path.name for path in report.RESULTS.glob("*.json")} - names
-    assert results.traffic is not None and "traffic.json" in others
-    assert all(name == "traffic.json" or name.startswith("demo-") for name in others)
+    assert results.traffic is not None and results.demo and others == {"traffic.json", DEMO}
     assert all(row.error or row.device_s for found in results.steps for row in found.rows)
 
 
@@ -70,7 +70,12 @@ def gpu_results(tmp_path: Path) -> Results:
         for contender, factor in ((BASELINE, 2.0), (ADAMW, 1.0), (FUSED, 0.5))
     ]
     rows.append(row("resnet50", "peer", None))
-    saved = {"environment": GPU, "copy_bytes_per_s": {"best": 4e12}, "steps": [asdict(some) for some in rows]}
+    saved = {
+        "environment": GPU,
+        "settings": {"plan": plan_in_use()},
+        "copy_bytes_per_s": {"samples": [3e12, 4e12]},
+        "steps": [asdict(some) for some in rows],
+    }
     record.save(tmp_path / "some-gpu.json", saved)
     for path in report.RESULTS.glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())
@@ -84,13 +89,13 @@ def test_a_gpu_comes_first_and_ends_the_excuse(gpu_results: Results) -> None:
         "threads"
     )
     assert f"| {FUSED} | 0.5 (0.25) | 5.5 (0.25) |" in text and f"| {BASELINE} | 2 | 22 |" in text
-    assert "| peer |" not in text
+    assert "| peer |" not in text and "No figures of peer: [docs/speed.md](docs/speed.md) says why." in text
 
 
 def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> None:
     page = speed_page(gpu_results)
     assert "- peer: ModuleNotFoundError: No module named 'x': pip install x" in page
-    assert "Copy bandwidth in the same run: 4000.0 GB/s" in page
+    assert "read plus written: 4000.0 GB/s, the best of 2 samples (median 3500.0)" in page
     line = next(line for line in page.splitlines() if line.startswith("| resnet50 fp32 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # 28 bytes of 25.6 million parameters at 4 TB/s.
@@ -115,12 +120,15 @@ def test_pictures(gpu_results: Results, tmp_path: Path) -> None:
     from bench.report.plots import draw, figure_of
 
     found = gpu_results.steps[0]
-    time, bandwidth, host = figure_of(found, gpu_results.hosts).axes
+    figure = figure_of(found, gpu_results.hosts)
+    time, bandwidth, host = figure.axes
+    assert figure.get_suptitle() == "Some GPU, fp32"
     lines = {line.get_label(): line for line in time.get_lines()}
     assert list(lines) == [FUSED, ADAMW, BASELINE]
     assert list(lines[FUSED].get_ydata()) == pytest.approx([0.5, 5.5])
     assert [label for line in bandwidth.get_lines() if "roofline" in (label := str(line.get_label()))]
     assert len(host.get_lines()) == len(lines) + len(gpu_results.hosts)
+    assert len(host.get_legend().get_texts()) == len(gpu_results.hosts), "the others are in the figure's legend"
     paths = list(draw(gpu_results, tmp_path))
     assert [path.name for path in paths] == ["some-gpu.png", "micro-cpu.png"]
     assert all(path.stat().st_size > 10_000 for path in paths)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS, rounding
+from fused_dals.memory_order import in_memory_order
 from fused_dals.rounding import Rounding, join, place_key, random_bits, split, step_seed, stochastic_bfloat16
 from tests.helpers import EVERY_PATH, ConvNet, batch, identical, snapshot, train_step
 
@@ -111,10 +112,10 @@ def test_values_are_stored_in_pieces_as_at_once_and_in_any_layout(monkeypatch: p
         pieces = rounding.as_stored(value, buffer, draw, half=1)
         assert whole.stride() == buffer.stride() == pieces.stride()
         assert torch.equal(whole.view(torch.int16), pieces.view(torch.int16))
-        order = rounding.in_memory_order(value, buffer)
+        order = in_memory_order(value, buffer)
         bits = random_bits(0, value.numel(), draw) >> 16 & 0xFFFF
         expected = stochastic_bfloat16(order, bits).view(torch.int16)
-        assert torch.equal(rounding.in_memory_order(whole, buffer).view(torch.int16), expected)
+        assert torch.equal(in_memory_order(whole, buffer).view(torch.int16), expected)
 
 
 class Bf16Net(ConvNet):

@@ -61,7 +61,9 @@ class PassDriver:
         self.plan = plan
         self.group = group
         device = tensors.params[0].device
-        self.fused_pass = FusedPass(device, plan.window, plan.stage_a_writes, plan.evict_first)
+        self.fused_pass = FusedPass(
+            device, window=plan.window, stage_a_writes=plan.stage_a_writes, evict_first=plan.evict_first
+        )
         param, grad, state_dtype = tensors.dtypes
         self.fused_pass.buckets[param, grad, state_dtype, False] = Bucket(device, chunk=plan.chunk, window=plan.window)
         state = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from bench.cache_model import plan_in_use
 from bench.gpu.checks import HostRow, LaunchRow
 from bench.gpu.correctness import Check
 from bench.gpu.jobs import SECTIONS, Results, Scale
@@ -99,7 +100,7 @@ def record(
     settings = {key: value for key, value in asdict(scale).items() if key not in ("specs", "grid_dtypes")}
     return {
         "environment": described,
-        "settings": settings,
+        "settings": {**settings, "plan": plan_in_use()},
         "ended": ended,
         "copy_bytes_per_s": {"best": max(results.copy_samples, default=None), "samples": results.copy_samples},
         "targets": [asdict(target) for target in targets],

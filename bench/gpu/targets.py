@@ -38,11 +38,11 @@ class Target:
 def plan_bytes(sizes: Sequence[int], dtypes: Dtypes, l2_bytes: int) -> float:
     """Bytes that a step must move when stage A writes h and m: the least, and p and m again where they have left L2.
 
-    A tensor whose p, g, h and m fit into L2 moves the least. Of a larger one stage B, newest first, finds as much as
-    fits. Ideal, since L2 holds other things too: no more than DESIGN's table, and a little less for large tensors.
+    A tensor whose p and m fit into L2 moves the least: g and h are marked to leave first. Of a larger one stage B,
+    newest first, finds as much as fits. Ideal, since L2 holds other things too, and marks are wishes.
     """
     p, g, state = item_sizes(dtypes)
-    held = l2_bytes / (p + g + 2 * state)
+    held = l2_bytes / (p + state)
     missed = sum(max(0.0, size - held) for size in sizes)
     return sum(sizes) * least_bytes(p, g, state) + missed * (p + state)
 

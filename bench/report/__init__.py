@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench import extras
 from bench.report.results import Results, load
-from bench.report.text import readme_speed, speed_page, traffic_block
+from bench.report.text import demo_block, readme_speed, speed_page, traffic_block
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -51,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def texts(results: Results, root: Path) -> Mapping[Path, str]:
     """What every file that holds results should read, given what stands around the results now."""
     readme, design = root / "README.md", root / "docs" / "design.md"
+    demo = replaced(readme.read_text(), "demo", demo_block(results))
     return {
-        readme: replaced(readme.read_text(), "speed", readme_speed(results)),
+        readme: replaced(demo, "speed", readme_speed(results)),
         design: replaced(design.read_text(), "traffic", traffic_block(results)),
         root / "docs" / "speed.md": speed_page(results),
     }
@@ -64,4 +65,5 @@ def replaced(text: str, name: str, block: str) -> str:
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"there must be one pair of markers, {begin} and {end}")
     before, after = text[: text.index(begin)], text[text.index(end) + len(end) :]
-    return f"{before}{begin}\n\n{block.strip()}\n\n{end}{after}"
+    stripped = block.strip("\n")
+    return f"{before}{begin}\n\n{stripped}\n\n{end}{after}"

@@ -43,10 +43,11 @@ def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
     """Three panels: time of models against parameters, bandwidth of equal tensors against their size, host time against
     the number of tensors.
     """
-    dtypes = next(iter(dict.fromkeys(row.dtypes for row in found.rows)))
+    dtypes, *others = dict.fromkeys(row.dtypes for row in found.rows)
     rows = [row for row in found.rows if row.dtypes == dtypes and row.device_s is not None]
     figure = Figure(figsize=(13, 5), layout="constrained")
-    figure.suptitle(f"{found.environment['device']}, {dtypes}")
+    elsewhere = f"; {', '.join(others)} in docs/speed.md" if others else ""
+    figure.suptitle(f"{found.environment['device']}, {dtypes}{elsewhere}")
     time, bandwidth, host = figure.subplots(1, 3)
     models = [row for row in rows if row.model in MODELS]
     equal = [row for row in rows if row.model not in MODELS]
@@ -54,9 +55,12 @@ def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
     time.set(title="Step time", xlabel="parameters", ylabel="ms, median")
     _lines(bandwidth, equal or rows, mean_size, lambda row: None if row.bytes_per_s is None else row.bytes_per_s / 1e9)
     if found.copy_bandwidth is not None:
-        roofline = bandwidth.axhline(found.copy_bandwidth / 1e9, color="0.3", ls=":", label="copy, same run (roofline)")
-        bandwidth.legend(handles=[roofline], loc="lower right", fontsize="small")
-    bandwidth.set(title="Bandwidth (least bytes over time)", xlabel="elements per tensor", ylabel="GB/s, median")
+        copy = bandwidth.axhline(
+            found.copy_bandwidth / 1e9, color="0.3", ls=":", label="roofline: best copy of the run"
+        )
+        bandwidth.legend(handles=[copy], loc="lower right", fontsize="small")
+    size = "elements per tensor" if equal else "elements per tensor, mean"
+    bandwidth.set(title="Bandwidth (least bytes over time)", xlabel=size, ylabel="GB/s, median")
     _lines(host, rows, lambda row: row.tensors, lambda row: _median(row.host_s, 1e6))
     for file in hosts:
         costs = [cost for cost in file.costs if cost.groups == 1]
@@ -71,7 +75,7 @@ def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
         )
     host.set(title="Host time", xlabel="tensors", ylabel="us, median")
     if hosts:
-        host.legend(loc="upper left", fontsize="small")
+        host.legend(handles=host.get_lines()[-len(hosts) :], loc="upper left", fontsize="small")
     for axis in (time, bandwidth, host):
         axis.set(xscale="log", yscale="log")
         axis.grid(color="0.9", lw=0.6)

@@ -10,16 +10,26 @@ from typing import Any
 from bench.host import HostCost
 from bench.step_table import row_from
 from bench.timing import Spread, StepRow
+from bench.training import Run
+
+DEMO = "demo-synthetic-a.json"
 
 
 @dataclass(frozen=True)
 class StepFile:
-    """Step times of one run: of ``bench micro`` or ``bench gpu``."""
+    """Step times of one run: of ``bench micro`` or ``bench gpu``. ``plan``: what the fused pass was launched with, as
+    ``bench.cache_model.plan_in_use`` gave it then."""
 
     name: str
     environment: dict[str, Any]
-    copy_bandwidth: float | None
+    copies: list[float]
     rows: list[StepRow]
+    plan: dict[str, Any] | None
+
+    @property
+    def copy_bandwidth(self) -> float | None:
+        """The best, in bytes per second, read plus written."""
+        return max(self.copies, default=None)
 
     @property
     def on_gpu(self) -> bool:
@@ -37,32 +47,38 @@ class HostFile:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything there is, by file name; ``traffic`` is what ``bench traffic`` predicted."""
+    """Everything there is, by file name; ``traffic`` is what ``bench traffic`` predicted, ``demo`` what ``bench demo``
+    found on the synthetic task.
+    """
 
     steps: list[StepFile] = field(default_factory=list)
     hosts: list[HostFile] = field(default_factory=list)
     training: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     traffic: dict[str, Any] | None = None
+    demo: list[Run] = field(default_factory=list)
 
 
 def load(folder: Path) -> Results:
     """All files of the folder whose kind is known; GPUs first."""
     results = Results()
     traffic = None
+    demo: list[Run] = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         if record.get("steps"):
-            copied = record["copy_bytes_per_s"]["best"]
+            copies, plan = record["copy_bytes_per_s"]["samples"], record["settings"].get("plan")
             rows = [row_from(row) for row in record["steps"]]
-            results.steps.append(StepFile(path.name, record["environment"], copied, rows))
+            results.steps.append(StepFile(path.name, record["environment"], copies, rows, plan))
         elif "training_steps" in record:
             results.training.append((path.name, record))
         elif record.get("predicted"):
             traffic = record
+        elif path.name == DEMO:
+            demo = [Run(**{name: run[name] for name in Run.__dataclass_fields__}) for run in record["runs"]]
         elif path.name.startswith("host"):
             results.hosts.append(HostFile(path.name, record["environment"], [_cost(row) for row in record["results"]]))
     results.steps.sort(key=lambda found: not found.on_gpu)
-    return Results(results.steps, results.hosts, results.training, traffic)
+    return Results(results.steps, results.hosts, results.training, traffic, demo)
 
 
 def _cost(row: dict[str, Any]) -> HostCost:

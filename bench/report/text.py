@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import Any
 
 from bench.byte_table import STEP_DTYPES
@@ -13,10 +14,9 @@ from bench.host import cost_table
 from bench.report.results import Results, StepFile
 from bench.shapes import MODELS, SHAPES
 from bench.step_table import notes, step_cells, title
+from bench.table import results_table
 from bench.timing import StepRow, ratios
 from bench.traffic import MOST_CHUNKS, USABLE
-from fused_dals.buckets import WINDOW_SHARE_OF_L2
-from fused_dals.fused import PROGRAMS_PER_SM
 
 NO_GPU = "There is no GPU figure yet."
 
@@ -35,7 +35,11 @@ def readme_speed(results: Results) -> str:
                 f"{BASELINE}, round by round). {described(found.environment)}, [the file](bench/results/{found.name}):"
             )
             # Lists of equal tensors are for the plot of bandwidth, and for docs/speed.md.
-            blocks.append(_pivot([row for row in rows if row.model in MODELS] or rows))
+            shown = [row for row in rows if row.model in MODELS] or rows
+            blocks.append(_pivot(shown))
+            absent = [name for name in dict.fromkeys(row.contender for row in shown) if not _ran(name, shown)]
+            if absent:
+                blocks.append(f"No figures of {', '.join(absent)}: [docs/speed.md](docs/speed.md) says why.")
     if results.steps:
         blocks.append(f"![Step time, bandwidth and host time](docs/{picture_of(results.steps[0].name)})")
     for host in results.hosts:
@@ -46,6 +50,11 @@ def readme_speed(results: Results) -> str:
         blocks.append(_preformatted(cost_table(host.costs)))
     blocks.append("All tables, with spread and bandwidth, and plots: [docs/speed.md](docs/speed.md).")
     return "\n\n".join(blocks)
+
+
+def demo_block(results: Results) -> str:
+    """The table that the demonstration prints."""
+    return _preformatted(results_table(results.demo, with_published=True))
 
 
 def picture_of(name: str) -> str:
@@ -77,9 +86,13 @@ def _pivot(rows: Sequence[StepRow]) -> str:
         for model in models:
             row = next((row for row in by_model[model] if row.contender == contender), None)
             cells.append(_milliseconds(row, None if row is None else relative[model].get(contender)))
-        if set(cells) != {"-"}:
+        if _ran(contender, rows):
             lines.append([contender, *cells])
     return markdown_table(["", *models], lines)
+
+
+def _ran(contender: str, rows: Sequence[StepRow]) -> bool:
+    return any(row.contender == contender and row.device_s is not None for row in rows)
 
 
 def _milliseconds(row: StepRow | None, ratio: Any) -> str:
@@ -111,7 +124,10 @@ def speed_page(results: Results) -> str:
         blocks += [f"## {found.name}", described(found.environment) + "."]
         blocks.append(f"![Step time, bandwidth and host time]({picture_of(found.name)})")
         if found.copy_bandwidth is not None:
-            blocks.append(f"Copy bandwidth in the same run: {found.copy_bandwidth / 1e9:.1f} GB/s, read plus written.")
+            blocks.append(
+                f"Copy bandwidth in the same run, read plus written: {found.copy_bandwidth / 1e9:.1f} GB/s, the best "
+                f"of {len(found.copies)} samples (median {median(found.copies) / 1e9:.1f})."
+            )
         blocks += _step_tables(found)
         compared = list(_predicted_beside_measured(found))
         if compared:
@@ -137,15 +153,17 @@ def _step_tables(found: StepFile) -> Iterator[str]:
 
 def _predicted_beside_measured(found: StepFile) -> Iterator[list[str]]:
     """Steps of the fused path on a GPU, whose cache and size the file tells."""
-    if not found.on_gpu or found.copy_bandwidth is None:
+    if not found.on_gpu or found.copy_bandwidth is None or found.plan is None:
         return
-    l2_bytes, programs = found.environment["l2_bytes"], PROGRAMS_PER_SM * found.environment["multiprocessors"]
+    used = dict(found.plan)
+    l2_bytes, share = found.environment["l2_bytes"], used.pop("window_share")
+    programs = used.pop("programs_per_sm") * found.environment["multiprocessors"]
     for row in found.rows:
         if row.contender != FUSED or row.device_s is None:
             continue
         dtypes = STEP_DTYPES[row.dtypes]
         sizes = tuple(math.prod(shape) for _, shape in SHAPES[row.model]())
-        plan = PassPlan(sizes, dtypes, window_chunks(WINDOW_SHARE_OF_L2, l2_bytes, dtypes), programs=programs)
+        plan = PassPlan(sizes, dtypes, window_chunks(share, l2_bytes, dtypes), programs=programs, **used)
         predicted = predict(plan.coarser(MOST_CHUNKS), *(int(usable * l2_bytes) for usable in USABLE))
         times = [f"{1e3 * traffic.memory_bytes / found.copy_bandwidth:.3f}" for traffic in predicted]
         moved = [f"{traffic.per_parameter:.1f}" for traffic in predicted]

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=("full", "small", "tiny"), help="None: full on a GPU, small on a CPU")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="None: all on a GPU, eager on a CPU")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    add_timing_options(parser, of_each="optimizer", compile_seconds=300.0, after_each="mode")
+    add_timing_options(parser, of_each="optimizer", compile_seconds=300.0, compile_of="all", after_each="mode")
     return parser
 
 
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = environment.of_machine(machine)
     print(", ".join(f"{key} {value}" for key, value in described.items()) + "\n")
     rows: list[TrainRow] = []
-    with tqdm(total=len(args.models) * len(modes) * len(args.optimizers) * (args.repeats + 1), unit="sample") as bar:
+    attempts = 1 + args.repeats + 1  # to build it, its samples, those of the optimizer alone
+    with tqdm(total=len(args.models) * len(modes) * len(args.optimizers) * attempts, unit="sample") as bar:
         for model in args.models:
             for mode in modes:
                 bar.set_description(f"{model} {mode}")

@@ -166,12 +166,15 @@ def time_training(
     for _ in range(samples):
         for name in optimizers:
             attempt(name, lambda name: rows[name].step_samples_s.append(samplers[name].sample()))
+
+    def finish(name: str) -> None:
+        rows[name].step_s = Spread.of(rows[name].step_samples_s)
+        if mode != "graph":
+            alone = Sampler(machine, steps[name].optimizer_alone)
+            rows[name].optimizer_s = Spread.of([alone.sample() for _ in range(samples)])
+
     for name in optimizers:
-        if rows[name].error is None:
-            rows[name].step_s = Spread.of(rows[name].step_samples_s)
-            if mode != "graph":
-                alone = Sampler(machine, steps[name].optimizer_alone)
-                rows[name].optimizer_s = Spread.of([alone.sample() for _ in range(samples)])
+        attempt(name, finish)
     steps.clear()
     samplers.clear()
     machine.release()

@@ -35,13 +35,13 @@ class SweepRow:
 
 
 def compiled_variants() -> list[Plan]:
-    """The plans of a sweep that differ in machine code."""
-    return [
-        Plan(chunk=chunk, num_warps=warps, stage_a_writes=writes, evict_first=marks)
-        for writes, marks in WRITES_AND_MARKS
-        for chunk in CHUNKS
-        for warps in WARPS
-    ]
+    """The plans of a sweep that differ in machine code and are worth compiling ahead.
+
+    The other ways of writing and marking are tried with one chunk and number of warps, most likely the default ones.
+    """
+    shapes = [Plan(chunk=chunk, num_warps=warps) for chunk in CHUNKS for warps in WARPS]
+    ways = [Plan(stage_a_writes=writes, evict_first=marks) for writes, marks in WRITES_AND_MARKS]
+    return list(dict.fromkeys([*shapes, *ways]))
 
 
 def sweep(

@@ -259,6 +259,6 @@ def test_command_line_trains_and_prints(
     options = ["--epochs", "2", "--results", str(tmp_path), "--strategies", "DALS", "corrected", "DALS"]
     assert cli.main(["small", *options]) == 0
     out = capsys.readouterr().out
-    names = [line.split("  ")[0] for line in out.splitlines()[5:8]]
-    assert names == ["DALS", "SGDR (corrected)", "STLR+Discriminative (corrected)"]
-    assert len(list((tmp_path / "small-2-epochs").glob("*.json"))) == 3
+    names = [line.split("  ")[0] for line in out.splitlines()[5:9]]
+    assert names == ["DALS", "SGDR (corrected)", "STLR+Discriminative (corrected)", "DALS-Acc (corrected)"]
+    assert len(list((tmp_path / "small-2-epochs").glob("*.json"))) == 4

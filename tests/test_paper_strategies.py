@@ -16,6 +16,7 @@ from bench.paper.stepping import LossAware, RandomPhases, Stepper
 from bench.paper.strategies import ABLATIONS, CORRECTED, EMA_DECAY, PUBLISHED, STRATEGIES, Setup, slanted_triangle
 from bench.published import BEST
 from fused_dals import DALS
+from fused_dals.schedule import cosine_restarts
 from tests.exact import same
 
 STEPS = 7
@@ -202,6 +203,16 @@ def test_sgdr_restarts(seed: int) -> None:
             assert rates(stepper) == pytest.approx([rate]), (name, step)
             train(setup, stepper, step, step + 1)
     assert len(corrected) == EPOCHS * STEPS and corrected[-1] < 0.01 * corrected[0]
+
+
+def test_dals_acc_corrected_ends_with_its_third_cycle(seed: int) -> None:
+    setup = small_setup(seed)
+    group = dals_of("DALS-Acc (corrected)", setup).param_groups[0]
+    factors = [cosine_restarts(t, group["restart_steps"], group["restart_mult"]) for t in range(EPOCHS * STEPS)]
+    restarts = [t for t in range(1, len(factors)) if factors[t] > factors[t - 1]]
+    assert len(restarts) == 2 and factors[-1] < 0.02
+    as_run = dals_of("DALS-Acc", setup).param_groups[0]
+    assert as_run["restart_steps"] == 10 * STEPS and as_run["restart_mult"] == group["restart_mult"] == 2
 
 
 def test_cosine_ends_at_its_floor_with_the_last_step(seed: int) -> None:

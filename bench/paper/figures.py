@@ -25,7 +25,7 @@ GENERATIONS = {
     "#E69F00": ("RAdam", "Lion", "Lookahead+AdamW"),
     "#CC79A7": ("SAM", "SAM+Discriminative", "Grokfast"),
     "#0072B2": ("STLR+Discriminative", "STLR+Discriminative (corrected)"),
-    "#D55E00": ("DALS", "DALS-Fast", "DALS-Acc"),
+    "#D55E00": ("DALS", "DALS-Fast", "DALS-Acc", "DALS-Acc (corrected)"),
 }
 LINES = ("-", "--", ":", "-.")
 STYLE = {name: (color, LINES[place]) for color, names in GENERATIONS.items() for place, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""The paper's 18 strategies as they were run, two of them corrected besides, and DALS with parts taken away."""
+"""The paper's 18 strategies as they were run, three of them corrected besides, and DALS with parts taken away."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ class Setup:
     @property
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    def first_of_three_cycles(self, steps: int) -> int:
+        """The first cycle's length, so that those of 1, 2 and 4 times as many steps last for at least so many."""
+        return math.ceil(steps / (1 + RESTART_MULT + RESTART_MULT**2))
 
     def depths(self) -> dict[str, float]:
         """The paper's depths: evenly from 0 for the first layer to 1 for the last, 0.5 for a single one."""
@@ -97,11 +101,10 @@ def sgdr(setup: Setup) -> Stepper:
 
 
 def sgdr_corrected(setup: Setup) -> Stepper:
-    """Three cycles of 1, 2 and 4 parts of the run, which ends with the last of them."""
+    """Three cycles that fill the run, as its authors have them."""
     optimizer = _sgd(setup.model.parameters(), setup.settings.sgdr, setup)
-    cycle = math.ceil(setup.total_steps / (1 + RESTART_MULT + RESTART_MULT**2))
     restarts = lr_scheduler.CosineAnnealingWarmRestarts(
-        optimizer, cycle, T_mult=RESTART_MULT, eta_min=FINAL_LR_OF_COSINES
+        optimizer, setup.first_of_three_cycles(setup.total_steps), T_mult=RESTART_MULT, eta_min=FINAL_LR_OF_COSINES
     )
     return Stepper(optimizer, per_batch=restarts)
 
@@ -254,6 +257,15 @@ def dals_fast(setup: Setup) -> Stepper:
 
 
 def dals_acc(setup: Setup) -> Stepper:
+    return _dals_acc(setup, in_steps(setup.settings.acc_restart_steps, setup.steps_per_epoch))
+
+
+def dals_acc_corrected(setup: Setup) -> Stepper:
+    """Three cycles that fill the run, so that it ends with a low rate; the first has a step less than its length."""
+    return _dals_acc(setup, setup.first_of_three_cycles(setup.total_steps + 1))
+
+
+def _dals_acc(setup: Setup, cycle: int) -> Stepper:
     settings = setup.settings
     optimizer = DALSAcc(
         setup.model,
@@ -261,7 +273,7 @@ def dals_acc(setup: Setup) -> Stepper:
         momentum=MOMENTUM,
         weight_decay=settings.dals_acc_weight_decay,
         trust_coefficient=TRUST_COEFFICIENT,
-        restart_steps=in_steps(settings.acc_restart_steps, setup.steps_per_epoch),
+        restart_steps=cycle,
         restart_mult=RESTART_MULT,
         depth=setup.depths(),
     )
@@ -305,10 +317,11 @@ PUBLISHED: Mapping[str, Strategy] = {
     "DALS-Acc": dals_acc,
 }
 
-#: What the two strategies with a defect in the paper's run should have been.
+#: What the strategies should have been that have a defect in the paper's run, or end it in the midst of a cycle.
 CORRECTED: Mapping[str, Strategy] = {
     "SGDR (corrected)": sgdr_corrected,
     "STLR+Discriminative (corrected)": stlr_discriminative_corrected,
+    "DALS-Acc (corrected)": dals_acc_corrected,
 }
 
 #: DALS with one part changed or taken away.

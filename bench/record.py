@@ -1,19 +1,28 @@
-"""Results as JSON files."""
+"""Results as files that are whole or not there."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 
 def save(path: Path, record: dict[str, Any]) -> None:
-    """Write beside it and rename, so that a run that is killed leaves the last whole file."""
+    """A run that is killed leaves the last whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
-    scratch.replace(path)
+    write_atomically(path, (json.dumps(_finite(record), indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Whoever is killed here leaves the old file or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _finite(value: Any) -> Any:

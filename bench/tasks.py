@@ -59,14 +59,14 @@ def _first_rule(x: Tensor) -> Tensor:
 
 
 class SyntheticMLP(nn.Module):
-    """Protocol A's net: four Linear children, ten outputs although the labels are binary."""
+    """Four Linear children; by default protocol A's net, with ten outputs although the labels are binary."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 20, width: int = 256, outputs: int = 10) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(20, 256)
-        self.fc2 = nn.Linear(256, 256)
-        self.fc3 = nn.Linear(256, 256)
-        self.fc4 = nn.Linear(256, 10)
+        self.fc1 = nn.Linear(inputs, width)
+        self.fc2 = nn.Linear(width, width)
+        self.fc3 = nn.Linear(width, width)
+        self.fc4 = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.fc1(x))

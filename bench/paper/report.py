@@ -40,18 +40,18 @@ def main(argv: Sequence[str]) -> int:
     folders = found(args.results)
     if not folders:
         raise SystemExit(f"error: no results in {args.results}; python -m bench paper TASK makes some")
-    blocks = {folder.name: text_of(folder) for folder in folders if NUDGED not in folder.name}
+    plain = [folder for folder in folders if NUDGED not in folder.name]
+    blocks = {folder.name: text_of(folder) for folder in plain}
     blocks["notes"] = "\n".join(notes())
     nudged = [Experiment(folder) for folder in folders if folder.name.startswith(f"synthetic-a{NUDGED}")]
     blocks["chaos"] = chaos_table(Experiment(args.results / "synthetic-a"), nudged, TASKS["synthetic-a"])
     blocks["coverage"] = coverage_table([(folder.name, Experiment(folder)) for folder in folders])
-    folders = [folder for folder in folders if NUDGED not in folder.name]
-    blocks["ablations"] = ablation_table([(title_of(folder), Experiment(folder)) for folder in folders])
+    blocks["ablations"] = ablation_table([(title_of(folder), Experiment(folder)) for folder in plain])
     for name, text in blocks.items():
         print(f"\n{name}\n\n{text}")
     if args.docs is not None:
         args.docs.write_text(filled(args.docs.read_text(), blocks, str(args.docs)))
-        draw(folders, args.docs.parent)
+        draw(plain, args.docs.parent)
         print(f"\nwritten: {args.docs}, {', '.join(FIGURES.values())}")
     return 0
 

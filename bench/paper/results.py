@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper.slug import slug
-from bench.paper.training import RunResult, write_atomically
+from bench.paper.training import RunResult
+from bench.record import write_atomically
 from bench.training import first_epochs
 
 #: Where results go unless the command line says otherwise.

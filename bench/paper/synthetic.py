@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from bench.tasks import Data
+from bench.tasks import Data, SyntheticMLP
 
 ROWS = 8_000
 TRAIN_ROWS = 6_400
@@ -34,19 +33,8 @@ def _split(x: Tensor, y: Tensor) -> Data:
     return Data(x[:TRAIN_ROWS], y[:TRAIN_ROWS], x[TRAIN_ROWS:], y[TRAIN_ROWS:])
 
 
-class DraftMLP(nn.Module):
-    """The net of B and T: four Linear children."""
+class DraftMLP(SyntheticMLP):
+    """The net of B and T."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(COORDINATES, 128)
-        self.fc2 = nn.Linear(128, 128)
-        self.fc3 = nn.Linear(128, 128)
-        self.fc4 = nn.Linear(128, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.fc1(x))
-        x = F.relu(self.fc2(x))
-        x = F.relu(self.fc3(x))
-        out: Tensor = self.fc4(x)
-        return out
+        super().__init__(COORDINATES, 128, CLASSES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from bench.paper.problem import Options, Problem, nudge
 from bench.paper.strategies import STRATEGIES, Setup
 from bench.paper.tasks import PaperTask
+from bench.record import write_atomically
 from bench.tasks import Data
 from bench.training import shuffled_batches
 
@@ -69,6 +69,7 @@ def train_run(
     `on_epoch(epochs done, test accuracy in percent)` is called at the beginning and after each epoch. The checkpoint is
     deleted by whoever keeps the result.
     """
+    settings = json.dumps(about, sort_keys=True)  # as text: from files tuples come back as lists
     problem = task.prepare(seed, options)
     if options.nudge:
         nudge(problem.model, options.nudge)
@@ -79,7 +80,7 @@ def train_run(
     curves = Curves()
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["about"] != packable(about):
+        if saved["about"] != settings:
             raise SystemExit(
                 f"error: {checkpoint} is of a run with other settings; delete it to begin anew, or go on with its own: "
                 f"{saved['about']}"
@@ -109,7 +110,7 @@ def train_run(
             "stepper": stepper.state_dict(),
             "curves": vars(curves),
             "random": _random_state(device),
-            "about": packable(about),
+            "about": settings,
         }
         write_atomically(checkpoint, packed(state))
         on_epoch(len(curves.loss), 100 * (even + odd) / test_rows)
@@ -136,25 +137,10 @@ def count_hits(problem: Problem, device: torch.device) -> tuple[int, int]:
     return int(hits[::2].sum()), int(hits[1::2].sum())
 
 
-def packable(about: dict[str, Any]) -> str:
-    """As text, because tuples and numbers come back from files as something else."""
-    return json.dumps(about, sort_keys=True)
-
-
 def packed(state: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Whoever is killed here leaves the old file or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

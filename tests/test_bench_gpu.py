@@ -44,7 +44,18 @@ from bench.gpu import jobs as gpu_jobs
 from bench.gpu import machine as gpu_machine
 from bench.gpu import sweep as gpu_sweep
 from bench.gpu.contenders import PASS_ALONE, contenders_for
-from bench.gpu.correctness import Check, Originals, Outcome, Placed, Spec, check_grid, grid, judge, reference_step
+from bench.gpu.correctness import (
+    Check,
+    Originals,
+    Outcome,
+    Placed,
+    Spec,
+    check_grid,
+    grid,
+    judge,
+    reference_step,
+    relative_error,
+)
 from bench.gpu.driver import PassDriver, Plan
 from bench.gpu.jobs import Deadline, Job, Results, Scale, run_jobs, scale_for, targets_of, variants_of
 from bench.gpu.machine import CudaMachine, DeviceHung, launches_of
@@ -229,8 +240,7 @@ def test_scales() -> None:
     assert scale_for(None, quick=False).models[-1] == "llama_7b"
     assert scale_for(["gpt2"], quick=True).models == ("gpt2",) and not scale_for(None, quick=True).sweep_models
     variants = variants_of(scale_for(None, quick=False))
-    assert len(variants) == len(set(variants)) < 150
-    assert {tensors for _, _, tensors in variants} <= {1, 2, 3, 4}
+    assert len(variants) == len(set(variants)) < 60
 
 
 # -- jobs ------------------------------------------------------------------------------------------------------------
@@ -330,14 +340,22 @@ class FakeProfile:
     def __init__(self, activities: Any) -> None:
         pass
 
-    def __enter__(self) -> FakeProfile:
-        return self
+    def start(self) -> None:
+        FakeStream.order.append("profiled")
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def stop(self) -> None:
+        FakeStream.order.append("stopped")
 
     def export_chrome_trace(self, path: str) -> None:
         Path(path).write_text(json.dumps({"traceEvents": [{"cat": "kernel", "name": "k"}]}))
+
+
+def fail() -> None:
+    raise KeyError("none")
+
+
+def hang() -> None:
+    raise DeviceHung("at work for ever")
 
 
 def test_the_machine_against_a_stand_in_of_torch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +368,7 @@ def test_the_machine_against_a_stand_in_of_torch_cuda(monkeypatch: pytest.Monkey
         "CUDAGraph": FakeGraph,
         "graph": FakeGraph.captures,
         "stream": lambda stream: contextlib.nullcontext(),
+        "set_stream": lambda stream: FakeStream.order.append("back"),
         "get_device_properties": lambda device: properties,
         "get_device_name": lambda device: "H",
         "reset_peak_memory_stats": lambda: None,
@@ -375,10 +394,21 @@ def test_the_machine_against_a_stand_in_of_torch_cuda(monkeypatch: pytest.Monkey
     with pytest.raises(KeyError), machine.no_waiting():
         raise KeyError
     assert modes == ["error", "default"]
-    assert machine.launches(lambda: None) == [("kernel", "k")]
+    FakeStream.order = []
+    assert machine.launches(lambda: FakeStream.order.append("work")) == [("kernel", "k")]
+    assert FakeStream.order == ["profiled", "work", "stopped"]
+    FakeStream.order = []
+    with pytest.raises(KeyError):
+        machine.launches(fail)
+    with pytest.raises(DeviceHung):
+        machine.launches(hang)
+    assert FakeStream.order == ["profiled", "stopped", "profiled"], "stop() waits, for ever where the device hangs"
+    with pytest.raises(KeyError):
+        machine.capture(lambda: None, fail)
+    assert FakeStream.order[-1] == "back"
     FakeStream.order = []
     machine.capture(lambda: FakeStream.order.append("warm up"), lambda: FakeStream.order.append("work"))()
-    assert FakeStream.order == ["waits", "warm up", "waits", "capture", "work", "end", "replay"]
+    assert FakeStream.order == ["waits", "warm up", "waits", "capture", "work", "end", "back", "replay"]
 
 
 def test_launches_are_what_the_device_executes() -> None:
@@ -415,11 +445,24 @@ def test_the_judge_passes_torch_and_fails_what_is_wrong() -> None:
     wrong = reference_step(originals.tensors, None)
     wrong.ratios = wrong.ratios * (1 + 2e-6)
     assert not judge(wrong, plain, truth, rounds=True)[0]
+    unstepped = reference_step(originals.tensors, None)
+    unstepped.params[0][-1] = originals.tensors.params[0][-1]
+    passed, shares = judge(unstepped, plain, truth, rounds=True)
+    norm = relative_error(unstepped.params[0], truth.params[0]) / relative_error(plain.params[0], truth.params[0])
+    assert not passed and shares["param"] > 1 and norm < gpu_correctness.MULTIPLE_OF_MANY, "the norm alone hides it"
     truncated = reference_step(originals.tensors, None)
     bits = truth.params[0].float().view(torch.int32)
     truncated.params[0] = (bits & ~0xFFFF).view(torch.float32).bfloat16()
     assert not judge(truncated, plain, truth, rounds=True)[0]
     assert judge(truncated, plain, truth, rounds=False)[0]
+
+
+@interpreted
+def test_the_grid_holds_where_state_is_rounded_stochastically() -> None:
+    """Random bits follow a tensor's position, not its place in a list that is permuted."""
+    specs = [Spec((70,)), Spec((5,)), Spec((3, 40), "transposed", "plain"), Spec((64,))]
+    checks = list(check_grid(CpuMachine(), (torch.float32, torch.float32, torch.bfloat16), specs, 64, 0))
+    assert len(checks) == 2 and all(check.passed for check in checks), checks
 
 
 def test_a_write_beside_a_tensor_is_seen() -> None:
@@ -530,7 +573,7 @@ CONTENDERS_BY_NAME = {name: c.build for name, c in contenders_for(FP32, 3, Compi
 
 def test_compiling_has_its_limits() -> None:
     named = make_parameters(TINY, FP32, CPU, 0)
-    with pytest.raises(RuntimeError, match="left out: 391 tensors"):
+    with pytest.raises(RuntimeError, match=r"left out: torch\.compile takes 156 s or more, and has 60 s"):
         compiled_reference(named, 391, CompileBudget(60.0, 60.0))
     with pytest.raises(RuntimeError, match="is spent"):
         compiled_reference(named, 3, CompileBudget(0.0, 60.0))
@@ -539,7 +582,7 @@ def test_compiling_has_its_limits() -> None:
         time.sleep(5)
 
     with pytest.raises(RuntimeError, match="was not done with it after"):
-        compiled_reference(named, 3, CompileBudget(60.0, 0.5), backend=slow)
+        compiled_reference(named, 1, CompileBudget(60.0, 0.5), backend=slow)
     start = time.monotonic()
     with pytest.raises(OutOfTime), time_limit(0.05):
         while time.monotonic() < start + 5:

@@ -32,9 +32,9 @@ from bench.contenders import (
     loop_contender,
     torch_contenders,
 )
-from bench.machine import HostMachine, available_bytes
+from bench.machine import HostMachine, Launch, available_bytes
 from bench.shapes import SHAPES
-from bench.step_table import row_from, step_cells, steps_text
+from bench.step_table import launches_text, row_from, step_cells, steps_text
 from bench.timing import Spread, StepRow, make_parameters, ratios, time_contenders
 
 TINY = [("a.weight", (3, 2)), ("a.bias", (3,)), ("b.weight", (4, 3))]
@@ -249,6 +249,27 @@ def test_columns_that_nobody_has_are_left_out() -> None:
     header, cells = step_cells(rows, 1e9)
     assert header[5:] == ["host us", "GB/s", "copy", "extra MiB", "launches"]
     assert [cells[0][i] for i in (5, 8, 9)] == ["2", "3.0", "7"]
+
+
+def test_launches_are_counted_after_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contender that cannot be built again has no count, and neither has one without figures."""
+
+    class Counting(HostMachine):
+        def launches(self, work: Callable[[], object]) -> list[Launch]:
+            work()
+            return [("kernel", "k")] * 3
+
+    found = {**torch_contenders(FP32), COMPILED: torch_contenders(FP32)[BASELINE]}
+    rows = timed(found)
+    rows[0].error = "failed"
+    monkeypatch.setitem(SHAPES, "tiny", lambda: iter(TINY))
+    for row in rows:
+        row.model = "tiny"
+    micro.count_all_launches(Counting(), [("tiny", "fp32")], rows)
+    counted = {row.contender: row.launches for row in rows}
+    assert counted.pop(rows[0].contender) is None and counted.pop(COMPILED) is None and set(counted.values()) == {3}
+    (line,) = launches_text(rows).splitlines()[1:]
+    assert line.startswith("tiny fp32: ") and f"{rows[1].contender} 3" in line and COMPILED not in line
 
 
 def test_rows_survive_json() -> None:

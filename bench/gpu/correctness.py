@@ -208,6 +208,12 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.to(exact.device).double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
+def farthest(value: Tensor, truth: Tensor) -> float:
+    """The largest difference of an element over the largest element of the truth: what a norm of many may hide."""
+    exact = truth.double()
+    return float((value.to(exact.device).double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300))
+
+
 def judge(outcome: Outcome, plain: Outcome, truth: Outcome, rounds: bool) -> tuple[bool, dict[str, float]]:
     """Whether the errors stay in their bounds, and for each kind the worst share of its bound that an error is.
 
@@ -216,23 +222,24 @@ def judge(outcome: Outcome, plain: Outcome, truth: Outcome, rounds: bool) -> tup
     shares = {}
     for kind in KINDS:
         lists = (outcome.of_kind(kind), plain.of_kind(kind), truth.of_kind(kind))
-        errors = [
-            (relative_error(a, c), relative_error(b, c), a) for a, b, c in zip(*lists, strict=True) if a.numel() > 0
-        ]
+        triples = [triple for triple in zip(*lists, strict=True) if triple[0].numel() > 0]
         # Small tensors are judged together: one element's error can be 0 by luck.
-        worst_plain = max(theirs for _, theirs, _ in errors)
+        worst_plain = max(relative_error(theirs, exact) for _, theirs, exact in triples)
+        farthest_plain = max(farthest(theirs, exact) for _, theirs, exact in triples)
         shares[kind] = 0.0
-        for ours, theirs, tensor in errors:
-            eps = torch.finfo(tensor.dtype).eps
+        for ours, theirs, exact in triples:
+            eps = torch.finfo(ours.dtype).eps
             bound = MULTIPLE * max(worst_plain, eps / 2)
-            if rounds and tensor.numel() >= MANY_ELEMENTS:
-                bound = MULTIPLE_OF_MANY * max(theirs, eps / 8)
-            shares[kind] = _worse(shares[kind], ours / bound)
-    exact = truth.ratios.double()
-    ours, theirs = (
-        ((o.to(exact.device).double() / exact - 1).abs().max()).item() for o in (outcome.ratios, plain.ratios)
+            if rounds and ours.numel() >= MANY_ELEMENTS:
+                bound = MULTIPLE_OF_MANY * max(relative_error(theirs, exact), eps / 8)
+            shares[kind] = _worse(shares[kind], relative_error(ours, exact) / bound)
+            shares[kind] = _worse(shares[kind], farthest(ours, exact) / (MULTIPLE * max(farthest_plain, eps / 2)))
+    true_ratios = truth.ratios.double()
+    off, plain_off = (
+        ((o.to(true_ratios.device).double() / true_ratios - 1).abs().max()).item()
+        for o in (outcome.ratios, plain.ratios)
     )
-    shares["trust_ratio"] = ours / (MULTIPLE_OF_RATIO * max(theirs, torch.finfo(F32).eps / 2))
+    shares["trust_ratio"] = off / (MULTIPLE_OF_RATIO * max(plain_off, torch.finfo(F32).eps / 2))
     return all(share <= 1 for share in shares.values()), shares
 
 

@@ -34,23 +34,27 @@ class Plan:
 
 @dataclass
 class TensorSet:
-    """Tensors of one set of dtypes, in layer order."""
+    """Tensors of one set of dtypes; ``blends`` by position in their group, which is the order of the lists, or other.
+
+    Random bits of stochastic rounding follow the position.
+    """
 
     params: list[Tensor]
     grads: list[Tensor]
     grad_emas: list[Tensor]
     momentum_buffers: list[Tensor]
     blends: list[float]
+    positions: list[int] | None = None
 
     @property
     def dtypes(self) -> Dtypes:
         return self.params[0].dtype, self.grads[0].dtype, self.grad_emas[0].dtype
 
     def reordered(self, order: Sequence[int]) -> TensorSet:
-        """The same tensors in another order."""
+        """The same tensors, which keep their positions, in another order of the lists."""
         lists = (self.params, self.grads, self.grad_emas, self.momentum_buffers)
         p, g, h, m = ([tensors[i] for i in order] for tensors in lists)
-        return TensorSet(p, g, h, m, [self.blends[i] for i in order])
+        return TensorSet(p, g, h, m, self.blends, list(order))
 
 
 class PassDriver:
@@ -70,7 +74,8 @@ class PassDriver:
             param: {"grad_ema": h, "momentum_buffer": m}
             for param, h, m in zip(tensors.params, tensors.grad_emas, tensors.momentum_buffers, strict=True)
         }
-        batch = TensorBatch(0, list(range(len(tensors.params))), tensors.params, tensors.grads)
+        positions = list(range(len(tensors.params))) if tensors.positions is None else tensors.positions
+        batch = TensorBatch(0, positions, tensors.params, tensors.grads)
         self.fused_pass.prepare([batch], state, [tensors.blends])
         self.loss = torch.ones((), dtype=torch.float64, device=device)
         self.run_state = RunState()
@@ -94,13 +99,10 @@ def _launch_shape(plan: Plan) -> Iterator[None]:
         fused.NUM_WARPS, fused.PROGRAMS_PER_SM = before
 
 
-def compile_variant(device: torch.device, dtypes: Dtypes, plan: Plan, tensors: int) -> None:
-    """Run a tiny step, in a process of its own, so that the compiled kernel is in Triton's cache on disk.
-
-    ``tensors`` modulo 4 decides on the alignment of the per-tensor arrays, for which Triton specializes.
-    """
+def compile_variant(device: torch.device, dtypes: Dtypes, plan: Plan) -> None:
+    """Run a tiny step, in a process of its own, so that the compiled kernel is in Triton's cache on disk."""
     kinds = (dtypes[0], dtypes[1], dtypes[2], dtypes[2])
-    p, g, h, m = ([torch.ones(64, dtype=kind, device=device) for _ in range(tensors % 4 or 4)] for kind in kinds)
+    p, g, h, m = ([torch.ones(64, dtype=kind, device=device)] for kind in kinds)
     PassDriver(TensorSet(p, g, h, m, even_blends(len(p))), plan, hyperparameters()).step()
     if device.type == "cuda":
         torch.cuda.synchronize()

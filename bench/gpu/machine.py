@@ -125,16 +125,25 @@ class CudaMachine:
         torch.cuda.current_stream().wait_stream(stream)
         self.wait()  # here, where it can be given up; capture begins with a wait of its own
         gc.collect()  # no graph of before may be destroyed in the midst of it
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                work()
+        finally:
+            torch.cuda.set_stream(before)  # where the capture fails, torch stays on the stream of the capture
         replay: Callable[[], object] = graph.replay
         return replay
 
     def launches(self, work: Callable[[], object]) -> list[Launch]:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        profile.start()
+        try:
             work()
             self.wait()
+        except Exception:  # not DeviceHung: stop() would wait for the device
+            profile.stop()
+            raise
+        profile.stop()
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder, "trace.json")
             profile.export_chrome_trace(str(trace))

@@ -19,6 +19,7 @@ from fused_dals.capture import BakedTable, check_nothing_to_prepare, is_capturin
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.group_table import GroupTable
 from fused_dals.kernels import layout
+from fused_dals.launcher import Launcher
 from fused_dals.run_state import StepInputs
 from fused_dals.sharding import Shards
 from fused_dals.stats import TrustRatios
@@ -97,6 +98,7 @@ class FusedPass:
         self.stage_a_writes = torch.version.hip is None if stage_a_writes is None else stage_a_writes
         self.evict_first = evict_first
         self.group_table = GroupTable(device)
+        self.launcher = Launcher()
         self.buckets: dict[BucketKey, Bucket] = {}
         self.launches: list[Launch] = []
         self.shards: Shards | None = None
@@ -209,16 +211,14 @@ class FusedPass:
             for launch in self.launches:
                 bucket = launch.bucket
                 for way, items in bucket.scan_lists().items():
-                    grad_scan[(programs,)](
-                        bucket.tensors,
-                        self._grads_of(launch),
-                        bucket.dims,
-                        items,
-                        next(free[way]),
-                        items.numel(),
+                    grads, rows = self._grads_of(launch), next(free[way])
+                    self.launcher.launch(
+                        grad_scan,
+                        programs,
+                        (bucket.tensors, grads, bucket.dims, items, rows, items.numel()),
+                        num_warps=NUM_WARPS,
                         GRAD_TYPE=_triton_dtype(launch.key[1]),
                         CHUNK=bucket.chunk,
-                        num_warps=NUM_WARPS,
                     )
         return self._scan_rows
 
@@ -260,7 +260,7 @@ class FusedPass:
 
         self.group_table.refresh(groups, groups_version)
         scan = self._no_scan if inputs.scan is None else inputs.scan
-        prologue[(1,)](
+        arguments = (
             self.group_table.rows,
             self.group_table.addresses,
             self.group_table.scalars,
@@ -276,14 +276,14 @@ class FusedPass:
             len(groups),
             self.sync,
             self.sync.numel(),
-            num_warps=4,
         )
+        self.launcher.launch(prologue, 1, arguments, num_warps=4)
 
     def _launch_ratios(self, launch: Launch, shards: Shards) -> None:
         from fused_dals.kernels.fused_pass import ratios_of_norms
 
         bucket, count = launch.bucket, len(launch.owners)
-        ratios_of_norms[(-(-count // layout.RATIOS_BLOCK),)](
+        arguments = (
             bucket.tensors,
             shards.norms.values,
             self.group_table.scalars,
@@ -291,16 +291,16 @@ class FusedPass:
             bucket.ready,
             bucket.counters[1],
             count,
-            BLOCK=layout.RATIOS_BLOCK,
-            num_warps=4,
         )
+        programs = -(-count // layout.RATIOS_BLOCK)
+        self.launcher.launch(ratios_of_norms, programs, arguments, num_warps=4, BLOCK=layout.RATIOS_BLOCK)
 
     def _launch_pass(self, launch: Launch, which: int) -> None:
         from fused_dals.kernels.fused_pass import fused_pass
 
         bucket, (param, grad, state, compensated) = launch.bucket, launch.key
         work = bucket.lists[which]
-        fused_pass[(self._programs(),)](
+        arguments = (
             bucket.tensors,
             self._grads_of(launch),
             bucket.dims,
@@ -315,6 +315,12 @@ class FusedPass:
             bucket.counters[which],
             self._seed,
             work.count,
+        )
+        self.launcher.launch(
+            fused_pass,
+            self._programs(),
+            arguments,
+            num_warps=NUM_WARPS,
             PARAM_TYPE=_triton_dtype(param),
             GRAD_TYPE=_triton_dtype(grad),
             STATE_TYPE=_triton_dtype(state),
@@ -324,7 +330,6 @@ class FusedPass:
             CHUNK=bucket.chunk,
             A_WRITES=self.stage_a_writes,
             EVICT_FIRST=self.evict_first,
-            num_warps=NUM_WARPS,
         )
 
     def _grads_of(self, launch: Launch) -> Tensor:

@@ -1,0 +1,54 @@
+"""Kernels that are launched over and over, past Triton's preparation of a launch once that has been done."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import reduce
+from operator import attrgetter, or_
+from typing import Any
+
+from torch import Tensor
+
+#: Triton compiles another kernel for a pointer that is not aligned to so many bytes.
+ALIGNMENT = 16
+
+_dtype = attrgetter("dtype")
+
+
+@dataclass
+class _Prepared:
+    """What Triton made of a kernel, and its compile-time constants in the order of the signature."""
+
+    kernel: Any
+    compiled: Any
+    constants: tuple[object, ...]
+
+
+class Launcher:
+    """Launches kernels on one device, whose number arguments must not be specialized for.
+
+    ``kernel[grid](...)`` binds and inspects every argument, and compares every global that the kernel uses with what it
+    was: 253 us instead of 201 for a step of ten tensors, on a CPU under a driver that launches nothing. It returns the
+    compiled kernel, which can be launched as it is with all arguments in order (Triton's tutorial on the fused softmax
+    does) while all stays the same that it was compiled for: constants, dtypes, and the alignment of pointers.
+    """
+
+    def __init__(self) -> None:
+        self._prepared: dict[tuple[Hashable, ...], _Prepared] = {}
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], *, num_warps: int, **constants: Any
+    ) -> None:
+        """Launch so many programs; ``constants`` are the compile-time arguments, which stand last in the signature."""
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        aligned = reduce(or_, map(Tensor.data_ptr, tensors)) % ALIGNMENT == 0
+        key = (id(kernel), num_warps, *constants.values(), *map(_dtype, tensors))
+        known = self._prepared.get(key) if aligned else None
+        if known is not None and known.kernel is kernel:
+            known.compiled[programs, 1, 1](*arguments, *known.constants)
+            return
+        compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps)
+        if aligned and compiled is not None:  # the interpreter compiles nothing
+            in_order = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+            self._prepared[key] = _Prepared(kernel, compiled, in_order)

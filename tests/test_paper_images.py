@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.paper.images import CifarNet, MnistNet, load_cifar10, load_mnist, normalized
+from bench.paper.images import CifarNet, MnistNet, load_cifar10, load_mnist, normalized, read_cifar10
 from bench.paper.problem import Options, layers_by_child
 from bench.paper.tasks import TASKS
 
@@ -66,6 +67,24 @@ def test_cifar10(test_name: str, end: str, compress: Callable[[bytes], bytes], t
     assert torch.equal(data.x_train, train) and torch.equal(data.x_test, test)
     assert train.mean(dim=(0, 2, 3)).abs().max() < 1e-5
     assert (train.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-4
+
+
+def test_cifar10_from_the_archive_as_it_is(tmp_path: Path, seed: int) -> None:
+    records = write_cifar10(tmp_path, "test_batch.bin")
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        for file in sorted(tmp_path.glob("*.bin")):
+            tar.add(file, f"cifar-10-batches-bin/{file.name}")
+            file.unlink()
+    data = load_cifar10(tmp_path)
+    assert torch.equal(torch.cat([data.y_train, data.y_test]), records[:, 0].long())
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"torn")
+    with pytest.raises(SystemExit, match=r"cifar-10-binary\.tar\.gz cannot be read"):
+        load_cifar10(tmp_path)
+
+
+def test_a_label_beyond_the_classes_is_seen(seed: int) -> None:
+    with pytest.raises(SystemExit, match="x has labels above 9"):
+        read_cifar10(bytes([200]) + bytes(3072), "x")
 
 
 def test_missing_and_torn_files_are_named(tmp_path: Path, seed: int) -> None:

@@ -125,8 +125,18 @@ def test_command_line_writes_document_and_figures(results: Path, capsys: pytest.
     assert ["synthetic-b-2-epochs", "2", "1", "variants", "of", "DALS", "2", "2", "0.0"] in rows
     compared = next(row for row in rows if row and row[0] == "AdaBound")
     assert compared[12:16] == ["+10.00", "±", "0.00", "(2)"], "five places after Fixed SGD, two rows of 100 each"
-    for name in ("paper-accuracy.png", "paper-time.png", "paper-ranks.png"):
-        assert (docs.parent / name).read_bytes().startswith(b"\x89PNG")
+    assert f"{docs} has no place for synthetic-b-2-epochs" in out
+    apart = results.parent / "figures"
+    assert cli.main(["report", "--results", str(results), "--figures", str(apart)]) == 0
+    for folder in (docs.parent, apart):
+        for name in ("paper-accuracy.png", "paper-time.png", "paper-ranks.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_few_strategies_have_tables_and_no_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(Experiment(tmp_path / "results" / "synthetic-a"), "DALS", published.SEED, [49, 48])
+    assert cli.main(["report", "--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]) == 0
+    assert "no figures: no experiment has 5" in capsys.readouterr().out and not list((tmp_path / "figures").iterdir())
 
 
 def test_no_results_is_an_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from bench import published
 from bench.paper import cli
-from bench.paper.problem import Options, layers_by_child, nudge
+from bench.paper.problem import Options, Problem, layers_by_child, nudge
 from bench.paper.results import Experiment, Record
 from bench.paper.runner import Plan, run_all
 from bench.paper.slug import slug
@@ -107,6 +107,22 @@ def test_runs_of_other_settings_are_kept_apart(seed: int, tmp_path: Path) -> Non
     assert experiment.seeds("DALS") == [seed] and not list(experiment.folder.glob("*.checkpoint"))
 
 
+def test_runs_with_other_test_rows_are_kept_apart(seed: int, tmp_path: Path) -> None:
+    """As of CIFAR-10's whole test file and of its first 1000 images."""
+    experiment = Experiment(tmp_path / "small")
+    run_all(plan(["DALS"], [seed]), experiment)
+    task, settings = paper_run.TASK, plan(["DALS"], [seed + 1])
+
+    def fewer(seed: int, options: Options) -> Problem:
+        problem = task.prepare(seed, options)
+        data = problem.data
+        return replace(problem, data=replace(data, x_test=data.x_test[:-2], y_test=data.y_test[:-2]))
+
+    with pytest.raises(SystemExit, match=r"dals\.json holds runs with \d+ test rows, not \d+"):
+        run_all(replace(settings, task=replace(task, prepare=fewer)), experiment)
+    assert experiment.seeds("DALS") == [seed]
+
+
 def test_a_run_that_another_process_has_finished_is_kept(seed: int, tmp_path: Path) -> None:
     experiment = Experiment(tmp_path / "small")
     run_all(plan(["DALS"], [seed]), experiment)
@@ -157,13 +173,22 @@ def test_a_nudge_changes_one_bit_of_one_weight(seed: int) -> None:
     differences = [(a.view(torch.int32) - b.view(torch.int32)).abs() for a, b in pairs]
     assert sum(int(d.sum()) for d in differences) == 1
     assert differences[0].view(-1)[7] == 1
+    weights = next(plain.parameters())
+    weights.data[0] = 0  # as the row of a padding token
+    before = weights.detach().clone()
+    nudge(plain, 0)
+    assert weights.detach()[0].count_nonzero() == 0 and (weights.detach() != before).sum() == 1
 
 
 def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.file("DALS").write_text('{"strategy": "DALS", "runs": [{"seed": 1}]}')
+    for read in (experiment.records, lambda strategy: experiment.check(strategy, {})):
+        with pytest.raises(SystemExit, match=r"dals\.json is not a results file"):
+            read("DALS")
+    experiment.file("DALS").write_text("{torn")
     with pytest.raises(SystemExit, match=r"dals\.json is not a results file"):
-        experiment.records("DALS")
+        experiment.check("DALS", {})
 
 
 def record(hits_even: list[int], hits_odd: list[int], test_rows: int, **other: Any) -> Record:
@@ -243,6 +268,9 @@ def test_files_of_strategies_differ() -> None:
         (["synthetic-b", "--epochs", "0"], "--epochs must be at least 1"),
         (["synthetic-b", "--seeds", "0"], "--seeds must be at least 1"),
         (["synthetic-b", "--nudge", "-1"], "--nudge must be at least 0"),
+        (["synthetic-b", "--device", "nowhere"], "--device: 'nowhere' cannot be used"),
+        (["synthetic-b", "--rates", "fine-tuning"], "--model and --rates are for texts, and synthetic-b is none"),
+        (["mnist", "--model", "scratch"], "--model and --rates are for texts, and mnist is none"),
         (["synthetic-c"], "invalid choice"),
     ],
 )

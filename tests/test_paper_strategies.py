@@ -131,7 +131,7 @@ def test_lars_scales_the_buffer_by_an_unbounded_ratio(seed: int) -> None:
 def test_grokfast_amplifies_the_average_before_a_dampened_buffer(seed: int) -> None:
     def update(params: list[Tensor], gradients: Any, states: list[dict[str, Any]]) -> None:
         for p, g, state in zip(params, gradients(), states, strict=True):
-            state["h"] = 0.98 * state["h"] + 0.02 * g if "h" in state else g
+            state["h"] = 0.98 * state.get("h", 0) + 0.02 * g
             g = g + state["h"]
             state["m"] = 0.9 * state["m"] + 0.1 * g if "m" in state else g
             p.data *= 1 - 0.03 * 1e-3

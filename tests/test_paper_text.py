@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def test_rte(tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text(RTE_HEADER + rows)
     train, dev = read_rte(tmp_path)
     assert train == dev == Texts([('"No weapons', "None."), ('A "word', "A word.")], [1, 0])
+    (tmp_path / "zipped").mkdir()
+    with zipfile.ZipFile(tmp_path / "zipped" / "RTE.zip", "w") as zipped:
+        for name in ("train.tsv", "dev.tsv"):
+            zipped.write(tmp_path / name, f"RTE/{name}")
+    assert read_rte(tmp_path / "zipped") == (train, dev)
     (tmp_path / "dev.tsv").write_text(RTE_HEADER + "0\tonly two cells\n")
     with pytest.raises(SystemExit, match=r"dev\.tsv, line 2"):
         read_rte(tmp_path)
@@ -132,11 +138,20 @@ def test_a_saved_model_is_loaded_from_its_folder(tmp_path: Path, seed: int) -> N
     tokenizer.save_pretrained(folder)
     config = DistilBertConfig(vocab_size=len(tokenizer), dim=8, hidden_dim=8, n_heads=2, n_layers=2)
     saved = DistilBertForSequenceClassification(config)
-    saved.save_pretrained(folder)
+    saved.half().save_pretrained(folder)
     problem = TASKS["trec6"].prepare(seed, Options(data_dir=tmp_path, model=str(folder)))
     body = "distilbert.embeddings.word_embeddings.weight"
-    assert torch.equal(problem.model.get_parameter(body), saved.get_parameter(body))
+    assert torch.equal(problem.model.get_parameter(body), saved.get_parameter(body).float()), "float32 from float16"
     assert problem.model.get_parameter("classifier.weight").shape == (6, 8)
+
+
+def test_a_tokenizer_without_padding_is_named(tmp_path: Path) -> None:
+    write_trec6(tmp_path)
+    texts, _ = read_trec6(tmp_path)
+    tokenizer = train_tokenizer(texts)
+    tokenizer.pad_token = None
+    with pytest.raises(SystemExit, match="has no token for padding"):
+        encode(tokenizer, texts, ("input_ids",), 8)
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:

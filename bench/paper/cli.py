@@ -65,10 +65,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="change the last bit of the N-th initial weight, to see how chaotic training is; results of their own",
     )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    parser.add_argument("--device", type=usable_device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU; the published figures need 1")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     return parser
+
+
+def usable_device(text: str) -> torch.device:
+    """The device, if a tensor can be put there."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def chosen_strategies(names: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -97,12 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = with_model(TASKS[args.task], options, rates)
     strategies = chosen_strategies(args.strategies, parser)
     epochs: int = getattr(args, "epochs", task.epochs)
+    if not TASKS[args.task].packages and (rates is not None or args.model != Options.model):
+        parser.error(f"--model and --rates are for texts, and {args.task} is none")
     if args.nudge < 0:
         parser.error(f"--nudge must be at least 0, not {args.nudge}")
     for option, value in (("--epochs", epochs), ("--seeds", args.seeds), ("--threads", args.threads)):
         if value < 1:
             parser.error(f"{option} must be at least 1, not {value}")
-    extras.require("tqdm", "pytorch_optimizer", *task.packages, extra="paper")
+    extras.require(*task.packages, extra="paper")
     torch.set_num_threads(args.threads)
     experiment = Experiment(args.results / experiment_name(args.task, task, options, rates, epochs))
     plan = Plan(

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.paper.files import find
+from bench.paper.files import find, read_member
 from bench.tasks import Data
+
+CIFAR_CLASSES = 10
 
 #: How a file may be compressed, by the end of its name.
 OPENERS: dict[str, Callable[[Path], bytes]] = {
@@ -54,6 +56,8 @@ def read_cifar10(content: bytes, name: str) -> tuple[Tensor, Tensor]:
     if not content or len(content) % size:
         raise SystemExit(f"error: {name} is not a file of CIFAR-10's binary version, or is cut short")
     records = torch.from_numpy(np.frombuffer(content, np.uint8).copy()).reshape(-1, size)
+    if int(records[:, 0].max()) >= CIFAR_CLASSES:
+        raise SystemExit(f"error: {name} has labels above {CIFAR_CLASSES - 1}: no file of CIFAR-10's binary version")
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
 
 
@@ -63,11 +67,18 @@ def load_cifar10(folder: Path) -> Data:
     Of the test images the first 1000 do if the whole file is not there.
     """
     names = [f"data_batch_{i}.bin" for i in range(1, 6)]
-    parts = [read_cifar10(read(folder, name, f"cifar-10-batches-bin/{name}"), name) for name in names]
-    test_names = ["test_batch.bin", "cifar-10-batches-bin/test_batch.bin", "test_batch_first1000.bin"]
-    test_pixels, y_test = read_cifar10(read(folder, *test_names), "the test file")
+    parts = [read_cifar10(_cifar_file(folder, name), name) for name in names]
+    test_pixels, y_test = read_cifar10(
+        _cifar_file(folder, "test_batch.bin", "test_batch_first1000.bin"), "the test file"
+    )
     train, test = normalized(torch.cat([x for x, _ in parts]), test_pixels)
     return Data(train, torch.cat([y for _, y in parts]), test, y_test)
+
+
+def _cifar_file(folder: Path, name: str, *others: str) -> bytes:
+    """A file of the archive as it is, unpacked, or one of the others."""
+    content = read_member(folder, "cifar-10-binary.tar.gz", f"cifar-10-batches-bin/{name}")
+    return read(folder, name, f"cifar-10-batches-bin/{name}", *others) if content is None else content
 
 
 def normalized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,11 @@ def layers_by_child(model: nn.Module) -> list[list[str]]:
 
 @torch.no_grad()
 def nudge(model: nn.Module, index: int) -> None:
-    """Move one weight of the first layer to the next larger float: what differs afterwards is chaos."""
+    """Move one weight of the first layer to the next larger float: what differs afterwards is chaos.
+
+    Not one that is 0, such as those of a padding token, which may belong to no input.
+    """
     weights = next(model.parameters()).view(-1)
-    place = index % len(weights)
+    places = weights.nonzero().flatten()
+    place = places[index % len(places)]
     weights[place] = torch.nextafter(weights[place], torch.tensor(float("inf")).to(weights))

@@ -24,13 +24,14 @@ FIGURES = {"curves": "paper-accuracy.png", "time": "paper-time.png", "ranks": "p
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench paper report",
-        description="Tables of all results. With --docs also figures beside that file, and the tables in it: the text "
-        "between the lines '<!-- begin NAME -->' and '<!-- end NAME -->' is replaced, NAME being a folder of the "
-        "results, 'ablations', 'chaos', 'coverage' or 'notes'.",
+        description="Tables of all results; with --figures or --docs the figures, too. --docs puts the tables into "
+        "that file: the text between the lines '<!-- begin NAME -->' and '<!-- end NAME -->' is replaced, NAME being a "
+        "folder of the results, 'ablations', 'chaos', 'coverage' or 'notes'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--docs", type=Path, help="the document to bring up to date, such as docs/paper.md")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="folder for the figures; None: that of --docs")
     return parser
 
 
@@ -49,10 +50,20 @@ def main(argv: Sequence[str]) -> int:
     blocks["ablations"] = ablation_table([(title_of(folder), Experiment(folder)) for folder in plain])
     for name, text in blocks.items():
         print(f"\n{name}\n\n{text}")
+    written: list[str] = []
     if args.docs is not None:
-        args.docs.write_text(filled(args.docs.read_text(), blocks, str(args.docs)))
-        draw(plain, args.docs.parent)
-        print(f"\nwritten: {args.docs}, {', '.join(FIGURES.values())}")
+        document = filled(args.docs.read_text(), blocks, str(args.docs))
+        args.docs.write_text(document)
+        written.append(str(args.docs))
+        for name in blocks:
+            if f"<!-- begin {name} -->" not in document:
+                print(f"\n{args.docs} has no place for {name}: add the lines '<!-- begin {name} -->' and its end")
+    figures = args.figures or (args.docs.parent if args.docs is not None else None)
+    if figures is not None:
+        figures.mkdir(parents=True, exist_ok=True)
+        written += draw(plain, figures)
+    if written:
+        print(f"\nwritten: {', '.join(written)}")
     return 0
 
 
@@ -93,8 +104,8 @@ def epochs_of(experiment: Experiment, task: PaperTask) -> int:
     return task.epochs
 
 
-def draw(folders: Sequence[Path], target: Path) -> None:
-    """The three figures; experiments with a handful of strategies only are left out."""
+def draw(folders: Sequence[Path], target: Path) -> list[str]:
+    """The three figures, if any experiment has more than a handful of strategies; returns what was drawn."""
     from bench.paper.figures import draw_curves, draw_ranks
 
     shown = [
@@ -102,9 +113,13 @@ def draw(folders: Sequence[Path], target: Path) -> None:
         for folder in folders
         if sum(Experiment(folder).file(name).exists() for name in PUBLISHED) >= FEWEST_STRATEGIES
     ]
+    if not shown:
+        print(f"\nno figures: no experiment has {FEWEST_STRATEGIES} of the paper's strategies yet")
+        return []
     draw_curves(shown, target / FIGURES["curves"])
     draw_curves(shown, target / FIGURES["time"], by_time=True)
     draw_ranks(shown, target / FIGURES["ranks"])
+    return [str(target / name) for name in FIGURES.values()]
 
 
 def filled(document: str, blocks: dict[str, str], name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,11 @@ from bench.paper.slug import slug
 from bench.paper.training import RunResult
 from bench.record import write_atomically
 from bench.training import first_epochs
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: Where results go unless the command line says otherwise.
 RESULTS = Path("bench/results/paper")
@@ -83,25 +87,34 @@ class Experiment:
 
     def records(self, strategy: str) -> list[Record]:
         """The finished runs, in the order of their seeds."""
+        content = self._content(strategy)
+        return [Record(strategy=content["strategy"], **run) for run in content.get("runs", ())]
+
+    def _content(self, strategy: str) -> dict[str, Any]:
+        """The file's, if it is one of this benchmark; empty where there is none."""
         file = self.file(strategy)
         if not file.exists():
-            return []
+            return {}
         try:
-            content = json.loads(file.read_text())
-            return [Record(strategy=content["strategy"], **run) for run in content["runs"]]
+            content: dict[str, Any] = json.loads(file.read_text())
+            for run in content["runs"]:
+                Record(strategy=content["strategy"], **run)
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"error: {file} is not a results file of this benchmark ({error}); move it away") from None
+        return content
 
     def check(self, strategy: str, about: dict[str, Any]) -> None:
         """Refuse to put runs of other settings into one file."""
-        file = self.file(strategy)
-        head = json.loads(file.read_text()) if file.exists() else {}
+        head = self._content(strategy)
         for key, value in json.loads(json.dumps(about)).items():
             if key in head and head[key] != value:
-                raise SystemExit(
-                    f"error: {file} holds runs with {key} {head[key]!r}, not {value!r}; give another folder with "
-                    "--results, or move the file away"
-                )
+                raise self._others(strategy, f"{key} {head[key]!r}, not {value!r}")
+
+    def _others(self, strategy: str, difference: str) -> SystemExit:
+        return SystemExit(
+            f"error: {self.file(strategy)} holds runs with {difference}; give another folder with --results, or move "
+            "the file away"
+        )
 
     def add(self, strategy: str, about: dict[str, Any], result: RunResult, environment: dict[str, Any]) -> None:
         """Write a finished run beside the earlier ones; its checkpoint is of no more use then.
@@ -117,7 +130,9 @@ class Experiment:
 
     def _write(self, strategy: str, about: dict[str, Any], result: RunResult, environment: dict[str, Any]) -> None:
         file = self.file(strategy)
-        runs = json.loads(file.read_text())["runs"] if file.exists() else []
+        runs = self._content(strategy).get("runs", [])
+        if runs and runs[0]["test_rows"] != result.test_rows:
+            raise self._others(strategy, f"{runs[0]['test_rows']} test rows, not {result.test_rows}")
         run = {
             "seed": result.seed,
             "test_rows": result.test_rows,
@@ -136,7 +151,10 @@ class Experiment:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that held it."""
+    """One process at a time, but on Windows; the lock goes with the process that held it."""
+    if fcntl is None:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

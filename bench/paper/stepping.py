@@ -76,14 +76,19 @@ class SharpnessAware(Stepper):
 
 
 class Grokfast(Stepper):
-    """The gradient plus `amplify` times its moving average, before the optimizer sees it."""
+    """The gradient plus `amplify` times its moving average, which starts at 0, before the optimizer sees it.
+
+    Where the average starts at the first gradient, as it does by default in gradfilter_ema, B with seed 42 comes to
+    86.38 instead of 85.88, both the same with other bits of one weight; the drafts have 85.9.
+    """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, decay: float, amplify: float) -> None:
         super().__init__(optimizer)
         self.model = model
         self.decay = decay
         self.amplify = amplify
-        self.averages: dict[str, Tensor] | None = None
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        self.averages: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in trained}
 
     def _update(self, loss: Tensor, loss_of_batch: LossOfBatch) -> None:
         from pytorch_optimizer.optimizer.grokfast import gradfilter_ema

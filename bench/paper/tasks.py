@@ -152,7 +152,7 @@ def with_model(task: PaperTask, options: Options, rates: str | None) -> PaperTas
         title += f", learning rates for {rates}"
     if (rates or fitting) == "scratch":
         settings = from_scratch(weight_decay=5e-4)
-    as_published = title == task.title and Options.model in options.model  # a folder's name may hold the model's
+    as_published = title == task.title and Path(options.model).name == Options.model  # by name or in a folder
     return replace(task, title=title, settings=settings, published=task.published if as_published else None)
 
 

@@ -103,6 +103,10 @@ def train_tokenizer(texts: Texts) -> Any:
 
 def encode(tokenizer: Any, texts: Texts, inputs: Sequence[str], length: int) -> Tensor:
     """Token ids and whatever else the net takes, int32 [rows, inputs, length], padded at the end."""
+    if tokenizer.pad_token_id is None:
+        raise SystemExit(
+            "error: --model: its tokenizer has no token for padding; give its folder one, or another model"
+        )
     tokenizer.padding_side = "right"
     columns = [list(column) for column in zip(*texts.rows, strict=True)]
     encoded = tokenizer(*columns, truncation=True, padding="max_length", max_length=length, return_tensors="pt")
@@ -126,8 +130,10 @@ def build_model(model: str, tokenizer: Any, classes: int, length: int) -> nn.Mod
         )
         net: nn.Module = DistilBertForSequenceClassification(config)
         return net
-    # A head for another number of classes is replaced by a new one.
-    load = partial(AutoModelForSequenceClassification.from_pretrained, ignore_mismatched_sizes=True)
+    # A head for another number of classes is replaced by a new one. Weights saved in 16 bits are trained in 32.
+    load = partial(
+        AutoModelForSequenceClassification.from_pretrained, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
     loaded: nn.Module = _loaded(load, model, num_labels=classes)
     return loaded
 

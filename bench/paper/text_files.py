@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from bench.paper.files import find
+from bench.paper.files import find, read_member
 
 TREC_LABELS = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 RTE_LABELS = ("entailment", "not_entailment")
@@ -45,12 +45,17 @@ def read_rte(folder: Path) -> tuple[Texts, Texts]:
 
     Rows are split at tabs alone: the texts contain unpaired quotation marks.
     """
-    return _read_rte(find(folder, ["train.tsv", "RTE/train.tsv"])), _read_rte(find(folder, ["dev.tsv", "RTE/dev.tsv"]))
+    return _read_rte(folder, "train.tsv"), _read_rte(folder, "dev.tsv")
 
 
-def _read_rte(path: Path) -> Texts:
+def _read_rte(folder: Path, name: str) -> Texts:
+    content = read_member(folder, "RTE.zip", f"RTE/{name}")
+    path = folder / "RTE.zip" / name
+    if content is None:
+        path = find(folder, [name, f"RTE/{name}"])
+        content = path.read_bytes()
     texts = Texts([], [])
-    header, *lines = path.read_text("utf-8").split("\n")
+    header, *lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
     if header.split("\t") != ["index", "sentence1", "sentence2", "label"]:
         raise SystemExit(f"error: {path}: the first line is not 'index sentence1 sentence2 label', split by tabs")
     for number, line in enumerate(lines, start=2):
@@ -86,7 +91,7 @@ def _unpack(archive: Path) -> dict[str, str]:
     reviews = {}
     with tarfile.open(archive) as tar:
         for member in tar:
-            parts = member.name.split("/")
+            parts = PurePosixPath(member.name).parts
             if member.isfile() and len(parts) == 4 and parts[2] in IMDB_LABELS:
                 file = tar.extractfile(member)
                 assert file is not None  # it is a file

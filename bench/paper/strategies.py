@@ -26,8 +26,8 @@ from bench.paper.stepping import Grokfast, LossAware, RandomPhases, SharpnessAwa
 from fused_dals import DALS, DALSAcc, DALSFast
 from fused_dals.schedule import cosine_restarts
 
-#: What DALS's ratios are on most tensors most of the time: the lower end of its clamp.
-USUAL_TRUST_RATIO = 0.2
+#: The lower end of DALS's clamp, where its ratios begin.
+LOWEST_TRUST_RATIO = 0.2
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ ABLATIONS: Mapping[str, Strategy] = {
     "DALS, random phases": _random_phases,
     "DALS, no filter": partial(dals, ema_decay=(1.0, 1.0, 1.0)),
     "DALS, no trust ratio": partial(dals, trust_clip=(1.0, 1.0)),
-    "DALS, trust ratio 0.2": partial(dals, trust_clip=(USUAL_TRUST_RATIO, USUAL_TRUST_RATIO)),
+    "DALS, trust ratio 0.2": partial(dals, trust_clip=(LOWEST_TRUST_RATIO, LOWEST_TRUST_RATIO)),
     "DALS, no clamp": partial(dals, trust_clip=(0.0, math.inf)),
     "DALS, depth reversed": _depth_reversed,
     "DALS, depth constant": partial(dals, depth=0.5),

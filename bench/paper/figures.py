@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bench.paper.results import Experiment, Record
 from bench.paper.strategies import CORRECTED, PUBLISHED
@@ -74,6 +75,8 @@ def _frame(axis: Axes, title: str, means: Sequence[np.ndarray], by_time: bool) -
     )
     if by_time:
         axis.set_xscale("log")
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(color="0.9", lw=0.6)
 
 

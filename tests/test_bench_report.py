@@ -104,15 +104,19 @@ def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> N
 
 
 def test_training_is_a_table() -> None:
+    model = {"model": "gpt2", "size": "small", "contender": FUSED}
+    spreads = {
+        "step_s": {"median": 0.2, "p10": 0.1, "p90": 0.3},
+        "optimizer_s": {"median": 0.02, "p10": 0.0, "p90": 0.0},
+    }
+    nothing = {"step_s": None, "optimizer_s": None, "peak_bytes": None, "parameters": 0}
     steps = [
-        {"model": "gpt2", "contender": FUSED, "mode": "eager", "step_s": {"median": 0.2, "p10": 0.1, "p90": 0.3},
-         "optimizer_s": {"median": 0.02, "p10": 0.0, "p90": 0.0}, "peak_bytes": 3 << 20, "error": None},
-        {"model": "gpt2", "contender": FUSED, "mode": "graph", "step_s": None, "optimizer_s": None, "peak_bytes": None,
-         "error": "RuntimeError: a CPU has no CUDA graphs"},
-    ]  # fmt: skip
+        {**model, **spreads, "mode": "eager", "peak_bytes": 3 << 20, "parameters": 4_000_000, "error": None},
+        {**model, **nothing, "mode": "graph", "error": "RuntimeError: a CPU has no CUDA graphs"},
+    ]
     page = speed_page(Results(training=[("train-x.json", {"environment": GPU, "training_steps": steps})]))
-    assert f"| gpt2 | {FUSED} | eager | 200.00 | 10 % | 3 |" in page
-    assert f"- gpt2, {FUSED}, graph: RuntimeError: a CPU has no CUDA graphs" in page
+    assert f"| gpt2 small, 4.0 million parameters | {FUSED} | eager | 200.00 | 10 % | 3 |" in page
+    assert f"- gpt2 small, {FUSED}, graph: RuntimeError: a CPU has no CUDA graphs" in page
 
 
 def test_pictures(gpu_results: Results, tmp_path: Path) -> None:

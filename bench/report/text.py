@@ -176,7 +176,8 @@ def training_table(record: dict[str, Any]) -> str:
     rows = []
     failures = []
     for row in record["training_steps"]:
-        label = [row["model"], row["contender"], row["mode"]]
+        parameters = f", {row['parameters'] / 1e6:.1f} million parameters" if row["parameters"] else ""
+        label = [f"{row['model']} {row['size']}{parameters}", row["contender"], row["mode"]]
         if row["error"] is not None:
             failures.append(f"- {', '.join(label)}: {row['error']}")
             continue

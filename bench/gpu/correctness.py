@@ -224,14 +224,15 @@ def judge(outcome: Outcome, plain: Outcome, truth: Outcome, rounds: bool) -> tup
         lists = (outcome.of_kind(kind), plain.of_kind(kind), truth.of_kind(kind))
         triples = [triple for triple in zip(*lists, strict=True) if triple[0].numel() > 0]
         # Small tensors are judged together: one element's error can be 0 by luck.
-        worst_plain = max(relative_error(theirs, exact) for _, theirs, exact in triples)
+        plain_errors = [relative_error(theirs, exact) for _, theirs, exact in triples]
+        worst_plain = max(plain_errors)
         farthest_plain = max(farthest(theirs, exact) for _, theirs, exact in triples)
         shares[kind] = 0.0
-        for ours, theirs, exact in triples:
+        for (ours, _, exact), plain_error in zip(triples, plain_errors, strict=True):
             eps = torch.finfo(ours.dtype).eps
             bound = MULTIPLE * max(worst_plain, eps / 2)
             if rounds and ours.numel() >= MANY_ELEMENTS:
-                bound = MULTIPLE_OF_MANY * max(relative_error(theirs, exact), eps / 8)
+                bound = MULTIPLE_OF_MANY * max(plain_error, eps / 8)
             shares[kind] = _worse(shares[kind], relative_error(ours, exact) / bound)
             shares[kind] = _worse(shares[kind], farthest(ours, exact) / (MULTIPLE * max(farthest_plain, eps / 2)))
     true_ratios = truth.ratios.double()

@@ -391,7 +391,7 @@ def _scan_time(machine: Machine, model: str, samples: int, seed: int) -> Verdict
 
 def _compiled(budget: CompileBudget, machine: Machine, seed: int) -> Verdict:
     """By inductor where the run has time for it, else, or if it takes too long, by the eager backend."""
-    limit = min(budget.left_s, budget.per_model_s, INDUCTOR_SECONDS)
+    limit = min(budget.limit_s, INDUCTOR_SECONDS)
     if limit > 0:
         start = time.monotonic()
         try:

@@ -238,7 +238,7 @@ def variants_of(scale: Scale) -> list[Variant]:
     ways = [Plan(chunk=scale.chunk, stage_a_writes=writes) for writes in (True, False)]
     found = [(dtypes, plan) for plan in ways for dtypes in scale.grid_dtypes]
     found += [(STEP_DTYPES[name], plan) for plan in ways for name in ("fp32", "mixed")]
-    found += [(STEP_DTYPES[name], Plan()) for name in dict.fromkeys(("fp32", *scale.step_dtypes))]
+    found += [(STEP_DTYPES[name], Plan()) for name in ("fp32", *scale.step_dtypes)]
     if scale.sweep_models:
         found += [(STEP_DTYPES[name], plan) for name in SWEEP_DTYPES for plan in compiled_variants()]
     return list(dict.fromkeys(found))

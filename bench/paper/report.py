@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
-    extras.require("matplotlib", "numpy", "scipy", extra="paper")
+    extras.require("matplotlib", extra="paper")
     folders = found(args.results)
     if not folders:
         raise SystemExit(f"error: no results in {args.results}; python -m bench paper TASK makes some")

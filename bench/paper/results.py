@@ -87,25 +87,22 @@ class Experiment:
 
     def records(self, strategy: str) -> list[Record]:
         """The finished runs, in the order of their seeds."""
-        content = self._content(strategy)
-        return [Record(strategy=content["strategy"], **run) for run in content.get("runs", ())]
+        return self._read(strategy)[1]
 
-    def _content(self, strategy: str) -> dict[str, Any]:
-        """The file's, if it is one of this benchmark; empty where there is none."""
+    def _read(self, strategy: str) -> tuple[dict[str, Any], list[Record]]:
+        """The file's content, if it is one of this benchmark, and its runs; both empty where there is none."""
         file = self.file(strategy)
         if not file.exists():
-            return {}
+            return {}, []
         try:
-            content: dict[str, Any] = json.loads(file.read_text())
-            for run in content["runs"]:
-                Record(strategy=content["strategy"], **run)
+            content = json.loads(file.read_text())
+            return content, [Record(strategy=content["strategy"], **run) for run in content["runs"]]
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"error: {file} is not a results file of this benchmark ({error}); move it away") from None
-        return content
 
     def check(self, strategy: str, about: dict[str, Any]) -> None:
         """Refuse to put runs of other settings into one file."""
-        head = self._content(strategy)
+        head, _ = self._read(strategy)
         for key, value in json.loads(json.dumps(about)).items():
             if key in head and head[key] != value:
                 raise self._others(strategy, f"{key} {head[key]!r}, not {value!r}")
@@ -130,9 +127,10 @@ class Experiment:
 
     def _write(self, strategy: str, about: dict[str, Any], result: RunResult, environment: dict[str, Any]) -> None:
         file = self.file(strategy)
-        runs = self._content(strategy).get("runs", [])
-        if runs and runs[0]["test_rows"] != result.test_rows:
-            raise self._others(strategy, f"{runs[0]['test_rows']} test rows, not {result.test_rows}")
+        content, records = self._read(strategy)
+        runs = content.get("runs", [])
+        if records and records[0].test_rows != result.test_rows:
+            raise self._others(strategy, f"{records[0].test_rows} test rows, not {result.test_rows}")
         run = {
             "seed": result.seed,
             "test_rows": result.test_rows,

@@ -26,7 +26,7 @@ from bench.paper.stepping import Grokfast, LossAware, RandomPhases, SharpnessAwa
 from fused_dals import DALS, DALSAcc, DALSFast
 from fused_dals.schedule import cosine_restarts
 
-#: The lower end of DALS's clamp, where its ratios begin.
+#: The lower end of DALS's clamp.
 LOWEST_TRUST_RATIO = 0.2
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
-from fused_dals.host import table_on
+from fused_dals.host import integers, table_on
 from fused_dals.kernels import layout
 from fused_dals.sharding import Place
 from fused_dals.worklist import STAGE_B, packed_chunks, packed_work_list
@@ -101,12 +101,14 @@ class Bucket:
         self.tensors = self._upload(rows)
         self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
         self.blends = table_on(self.device, torch.tensor(tensors.blends, dtype=torch.float32, device="cpu"))
-        self.refresh_grads([g.data_ptr() for g in tensors.grads])
+        self.refresh_grads(integers(g.data_ptr() for g in tensors.grads))
 
-    def refresh_grads(self, addresses: Sequence[int]) -> None:
-        """Point to gradients elsewhere, of the same strides and as well aligned; the table keeps its memory."""
-        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        self.grads.copy_(table if self.device.type == "cpu" else table.pin_memory(), non_blocking=True)
+    def refresh_grads(self, addresses: Tensor) -> None:
+        """Point to gradients elsewhere, of the same strides and as well aligned; the table keeps its memory.
+
+        ``addresses``: int64 on the CPU, in list order.
+        """
+        self.grads.copy_(addresses if self.device.type == "cpu" else addresses.pin_memory(), non_blocking=True)
 
     def _plan(self, sizes: list[int], chunks: list[int], tensors: FusedTensors) -> None:
         """The work list and the scratch memory, which depend on sizes alone."""

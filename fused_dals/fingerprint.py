@@ -1,20 +1,32 @@
 """Whether a step may go on with what the last one prepared: everything that a plan depends on, compared in bulk.
 
-The lists are built by C loops over the tensors, 20 to 150 ns per tensor and attribute; nothing is hashed, and no
-tensor is compared by value. What is left out follows from the rest: a gradient has its parameter's shape, and a dense
-tensor of the same size in the same place needs no look at its strides.
+In Python the lists are built by C loops over the tensors, 20 to 150 ns per tensor and attribute; nothing is hashed, and
+no tensor is compared by value. What is left out follows from the rest: a gradient has its parameter's shape, and a
+dense tensor of the same size in the same place needs no look at its strides. The compiled walk asks the same of plain
+tensors, where it is there: 0.07 us a parameter instead of 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import chain, compress
 from operator import attrgetter, is_, not_
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
+from fused_dals import host
+from fused_dals.buckets import WIDE_BYTES
+from fused_dals.host_walk import HOST_WALK
 from fused_dals.sharding import local
+
+Groups: TypeAlias = Sequence[Mapping[str, Any]]
+State: TypeAlias = Mapping[Tensor, dict[str, Tensor]]
+
+#: What tensors without memory raise, and foreign entries in state.
+CANNOT_TELL = (RuntimeError, TypeError, NotImplementedError)
 
 _grad, _dtype, _requires_grad = attrgetter("grad"), attrgetter("dtype"), attrgetter("requires_grad")
 
@@ -26,20 +38,20 @@ def _placements(grad: Tensor) -> Any:
 class Fingerprint:
     """Identity, place, size, layout and dtype of all parameters, gradients and state tensors of an optimizer.
 
-    Gradients usually are new tensors at every step; their addresses are kept apart, as all that changes then.
+    Gradients usually are new tensors at every step; their addresses are kept apart, as all that changes then. How far
+    they are aligned is not: it decides how the kernel may read them.
     """
 
-    def __init__(
-        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]], distributed: bool
-    ) -> None:
+    def __init__(self, groups: Groups, state: State, distributed: bool) -> None:
         """``distributed``: parameters are DTensors, of which this rank's shards are stepped.
 
         Raises RuntimeError or TypeError where a tensor has no memory or state holds something else: none fits.
         """
+        self._distributed = distributed
+        self._without_walk = HOST_WALK.compiled is None
         self._sizes = [len(group["params"]) for group in groups]
         #: Held, so that no other object can take over their identity.
-        self._params = list(chain.from_iterable(group["params"] for group in groups))
-        self._state = list(chain.from_iterable(map(dict.values, state.values())))
+        self._params, self._state = _tensors_of(groups, state)
         grads = list(map(_grad, self._params))
         missing = [grad is None for grad in grads]
         if any(missing):
@@ -49,7 +61,7 @@ class Fingerprint:
         for_ranks = [*map(_placements, grads), *map(_requires_grad, self._params)] if distributed else []
         if distributed:
             params, grads, state_tensors = ([*map(local, tensors)] for tensors in (params, grads, state_tensors))
-        self.grad_addresses = list(map(Tensor.data_ptr, grads))
+        self._grad_addresses = list(map(Tensor.data_ptr, grads))
         self._parts = (
             missing,
             for_ranks,
@@ -58,18 +70,58 @@ class Fingerprint:
             _layouts(params),
             list(map(_dtype, grads)),
             _layouts(grads),
+            [address % WIDE_BYTES for address in self._grad_addresses],
             list(map(Tensor.data_ptr, state_tensors)),
         )
 
-    def same_but_for_addresses_of_gradients(self, other: Fingerprint) -> bool:
-        """Whether a plan for one serves the other, once it knows the gradients' addresses."""
-        return (
-            self._sizes == other._sizes
-            and len(self._state) == len(other._state)
-            and all(map(is_, self._params, other._params))
-            and all(map(is_, self._state, other._state))
-            and self._parts == other._parts
+    def is_outdated(self) -> bool:
+        """Whether the compiled walk has come since, and may do better."""
+        return self._without_walk and not self._distributed and HOST_WALK.came()
+
+    def follow(self, groups: Groups, state: State) -> Tensor | None:
+        """The present addresses of the gradients, int64 in the order of the groups; None if anything else changed."""
+        try:
+            now = Fingerprint(groups, state, self._distributed)
+        except CANNOT_TELL:
+            return None
+        same = (
+            self._sizes == now._sizes
+            and len(self._state) == len(now._state)
+            and all(map(is_, self._params, now._params))
+            and all(map(is_, self._state, now._state))
+            and self._parts == now._parts
         )
+        return host.integers(now._grad_addresses) if same else None
+
+
+class CompiledFingerprint:
+    """The same for plain tensors, by the compiled walk."""
+
+    def __init__(self, walk: Any, groups: Groups, state: State) -> None:
+        """Raises TypeError where the walk leaves something to Python, RuntimeError where a tensor has no memory."""
+        self._walk = walk
+        self._held = params, _ = _tensors_of(groups, state)
+        self._count = sum(grad is not None for grad in map(_grad, params))
+        self._numbers = walk.record(groups, state, torch.empty(self._count, dtype=torch.int64, device="cpu"))
+        if self._numbers is None:
+            raise TypeError("only Python understands these tensors")
+
+    def is_outdated(self) -> bool:
+        return False
+
+    def follow(self, groups: Groups, state: State) -> Tensor | None:
+        """As of ``Fingerprint``."""
+        addresses = torch.empty(self._count, dtype=torch.int64, device="cpu")
+        try:
+            return addresses if self._walk.matches(self._numbers, groups, state, addresses) else None
+        except CANNOT_TELL:
+            return None
+
+
+def _tensors_of(groups: Groups, state: State) -> tuple[list[Tensor], list[Tensor]]:
+    """All parameters, and all state tensors."""
+    params = chain.from_iterable(group["params"] for group in groups)
+    return list(params), list(chain.from_iterable(map(dict.values, state.values())))
 
 
 def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
@@ -80,11 +132,11 @@ def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
     return [plain or tensor.stride() for plain, tensor in zip(contiguous, tensors, strict=True)]
 
 
-def take_fingerprint(
-    groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]], distributed: bool
-) -> Fingerprint | None:
+def take_fingerprint(groups: Groups, state: State, distributed: bool) -> Fingerprint | CompiledFingerprint | None:
     """The fingerprint, or None where there can be none: a sparse or meta tensor, a foreign entry in the state."""
-    try:
+    if HOST_WALK.compiled is not None and not distributed:
+        with suppress(*CANNOT_TELL):
+            return CompiledFingerprint(HOST_WALK.compiled, groups, state)
+    with suppress(*CANNOT_TELL):
         return Fingerprint(groups, state, distributed)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None
+    return None

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_dals.buckets import WIDE_BYTES, Bucket, joined_dims, tensors_of
+from fused_dals import host
+from fused_dals.buckets import Bucket, joined_dims, tensors_of
 from fused_dals.capture import BakedTable, check_nothing_to_prepare, is_capturing
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.group_table import GroupTable
+from fused_dals.host_walk import increment_version
 from fused_dals.kernels import layout
 from fused_dals.launcher import Launcher
+from fused_dals.live_groups import GroupsVersion
 from fused_dals.run_state import StepInputs
 from fused_dals.sharding import Shards
 from fused_dals.stats import TrustRatios
@@ -106,7 +109,7 @@ class FusedPass:
         self.preparations = 0  # how often the tables were written in full
         #: A graph holds addresses alone. What it reads must outlive the next prepare(), or replays read other memory.
         self._held_for_graphs: list[object] = []
-        self._grad_addresses: list[int] = []
+        self._grad_addresses = host.integers(())
         self._seed = torch.zeros(1, dtype=torch.int32, device=device)
         self._zero = torch.zeros(1, dtype=torch.float32, device=device)
         self._one = torch.ones(1, dtype=torch.float32, device=device)
@@ -152,33 +155,31 @@ class FusedPass:
             for batch in batches
             for position, grad in zip(batch.positions, batch.grads, strict=True)
         )
-        self._grad_addresses = [address for _, _, address in in_order]
-        self._grad_alignments = _alignments(self._grad_addresses)
+        self._grad_addresses = host.integers(address for _, _, address in in_order)
         rank = {(group_index, position): i for i, (group_index, position, _) in enumerate(in_order)}
-        self._grad_places = [
+        places = [
             [rank[member.group_index, position] for member in launch.members for position in member.positions]
             for launch in self.launches
         ]
+        #: Of each launch, None where its order is that of the groups.
+        self._grad_places = [None if own == [*range(len(rank))] else host.integers(own) for own in places]
 
-    def follow_grads(self, addresses: list[int]) -> bool:
-        """Point the tables to gradients at new addresses, in the order of the groups; False if that needs prepare().
+    def follow_grads(self, addresses: Tensor) -> None:
+        """Point the tables to gradients at new addresses, int64 in the order of the groups, aligned as those before.
 
-        It does where a gradient is aligned otherwise than before, which decides how the kernel may read it. A step that
-        is being captured gets tables of its own, so that neither its replays nor other steps disturb each other.
+        A step that is being captured gets tables of its own, so that neither its replays nor other steps disturb each
+        other.
         """
         capturing = is_capturing(self.device)
-        if addresses == self._grad_addresses and not capturing:
-            return True
-        if _alignments(addresses) != self._grad_alignments:
-            return False
-        of_launches = [[addresses[place] for place in places] for places in self._grad_places]
+        if not capturing and torch.equal(addresses, self._grad_addresses):
+            return
+        of_launches = [addresses if places is None else addresses[places] for places in self._grad_places]
         if capturing:
-            self._follow_in_graph(of_launches)
-            return True
+            self._follow_in_graph([own.tolist() for own in of_launches])
+            return
         for launch, own in zip(self.launches, of_launches, strict=True):
             launch.bucket.refresh_grads(own)
         self._grad_addresses = addresses
-        return True
 
     def _follow_in_graph(self, of_launches: Sequence[Sequence[int]]) -> None:
         """The same for a step that is being captured, into tables that the graph itself writes."""
@@ -222,7 +223,7 @@ class FusedPass:
                     )
         return self._scan_rows
 
-    def begin(self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: int) -> None:
+    def begin(self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: GroupsVersion) -> None:
         """Move ``inputs.values``, which are on this device, and launch what was prepared: all of it, or stage A.
 
         ``groups_version`` is the same as long as nothing in ``groups`` changed.
@@ -242,11 +243,13 @@ class FusedPass:
                     self._launch_ratios(launch, self.shards)
                     self._launch_pass(launch, 1)
                 # Autograd must notice the writes that it cannot see.
-                torch.autograd.graph.increment_version(launch.owners)
+                increment_version(launch.owners)
                 measured += launch.members
         return measured
 
-    def run(self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: int) -> list[TrustRatios]:
+    def run(
+        self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: GroupsVersion
+    ) -> list[TrustRatios]:
         """The whole step of tensors that are no shards."""
         self.begin(inputs, groups, groups_version)
         return self.finish()
@@ -255,7 +258,9 @@ class FusedPass:
         # Triton launches on the current device, whatever device its arguments are on.
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _launch_prologue(self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: int) -> None:
+    def _launch_prologue(
+        self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: GroupsVersion
+    ) -> None:
         from fused_dals.kernels.prologue import prologue
 
         self.group_table.refresh(groups, groups_version)
@@ -339,11 +344,6 @@ class FusedPass:
         if self.device.type != "cuda":
             return 2
         return PROGRAMS_PER_SM * torch.cuda.get_device_properties(self.device).multi_processor_count
-
-
-def _alignments(addresses: Sequence[int]) -> list[int]:
-    """Bytes past the last place where a wide access may begin."""
-    return [address % WIDE_BYTES for address in addresses]
 
 
 @functools.cache

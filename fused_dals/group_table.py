@@ -13,6 +13,7 @@ from fused_dals import host
 from fused_dals.capture import is_capturing
 from fused_dals.host import table_on
 from fused_dals.kernels import layout
+from fused_dals.live_groups import GroupsVersion
 
 _NO_MAX_GRAD_NORM = -1.0
 
@@ -25,12 +26,12 @@ class GroupTable:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._version = -1
+        self._version: GroupsVersion | None = None
         self._cells: dict[int, Tensor] = {}  # copies of learning rates that the kernel cannot read where they are
         self._rows: list[tuple[float, ...]] = []
         self._addresses: list[int] = []
 
-    def refresh(self, groups: Sequence[Mapping[str, Any]], version: int) -> None:
+    def refresh(self, groups: Sequence[Mapping[str, Any]], version: GroupsVersion) -> None:
         """Write what changed; while ``version`` is the same that can only be a tensor learning rate or where it lies.
 
         Raises RuntimeError while a step is being captured: the copy from the host would not survive its replays.
@@ -40,7 +41,13 @@ class GroupTable:
         addresses = [self._lr_address(index, group["lr"]) for index, group in enumerate(groups)]
         if version == self._version and addresses == self._addresses:
             return
-        rows = [self._row(group, address) for group, address in zip(groups, addresses, strict=True)]
+        known = self._version is not None and version.numbers == self._version.numbers
+        if (
+            known and not any(addresses) and not any(self._addresses)
+        ):  # numbers alone are new: learning rates come first
+            rows = [(float(group["lr"]), *row[1:]) for group, row in zip(groups, self._rows, strict=True)]
+        else:
+            rows = [self._row(group, address) for group, address in zip(groups, addresses, strict=True)]
         if is_capturing(self.device) and (rows != self._rows or addresses != self._addresses):
             raise RuntimeError(
                 "this step is being captured into a graph, and hyperparameters changed since the last one: take one "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,12 @@ def scalars_on(device: torch.device, scalars: Tensor) -> Tensor:
         scalars = scalars.pin_memory()  # a copy from pageable memory may wait for the device
     # A copy off the device must be waited for, or the CPU would read values that have not arrived.
     return scalars.to(device, widest(device), non_blocking=device.type != "cpu")
+
+
+def integers(values: Iterable[int]) -> Tensor:
+    """int64 on the CPU; with no operation that a graph which is being captured could not hold."""
+    numbers = array("q", values)
+    return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def table_on(device: torch.device, table: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -95,19 +96,8 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
     The value of a tensor lr is looked at only where that costs no wait, on the CPU.
     """
 
-    def check(name: str, valid: Callable[[Any], bool], expected: str) -> None:
-        if name not in group:
-            raise ValueError(f"{where}: {name} is missing")
-        try:
-            fine = valid(group[name])
-        except (TypeError, ValueError):
-            raise TypeError(f"{where}: {name} must be {expected}, got {shown(group[name])}") from None
-        except OverflowError:  # an integer that no float can hold
-            fine = False
-        if not fine:
-            raise ValueError(f"{where}: {name} must be {expected}, got {shown(group[name])}")
-
-    check("lr", _is_lr, "a finite number >= 0 or a tensor with one such element")
+    check = functools.partial(_check, group, where)
+    check_lr(group, where)
     check("momentum", lambda x: 0 <= _number(x) < 1, "a number in [0, 1)")
     check("weight_decay", lambda x: 0 <= _number(x) <= FLOAT32_MAX, "a finite number >= 0, in single precision too")
     check("trust_coefficient", lambda x: 0 < _number(x) < math.inf, "a finite number > 0")
@@ -137,6 +127,24 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
         )
     if group["foreach"] and group["fused"]:
         raise RuntimeError(f"{where}: foreach and fused cannot both be True")
+
+
+def check_lr(group: Mapping[str, Any], where: str) -> None:
+    """The same for the learning rate alone, which schedulers change at every step."""
+    _check(group, where, "lr", _is_lr, "a finite number >= 0 or a tensor with one such element")
+
+
+def _check(group: Mapping[str, Any], where: str, name: str, valid: Callable[[Any], bool], expected: str) -> None:
+    if name not in group:
+        raise ValueError(f"{where}: {name} is missing")
+    try:
+        fine = valid(group[name])
+    except (TypeError, ValueError):
+        raise TypeError(f"{where}: {name} must be {expected}, got {shown(group[name])}") from None
+    except OverflowError:  # an integer that no float can hold
+        fine = False
+    if not fine:
+        raise ValueError(f"{where}: {name} must be {expected}, got {shown(group[name])}")
 
 
 def check_flag(value: Any, where: str) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fused_dals import host
-from fused_dals.hyperparameters import PLAN_KEYS, TABLE_KEYS, check_hyperparameters, check_names
+from fused_dals.host_walk import HOST_WALK
+from fused_dals.hyperparameters import PLAN_KEYS, TABLE_KEYS, check_hyperparameters, check_lr, check_names
 
 _plan_values, _table_values = itemgetter(*PLAN_KEYS), itemgetter(*TABLE_KEYS)
 
@@ -20,10 +21,18 @@ class _Seen:
     """A group's hyperparameters as they were last found sound."""
 
     group: tuple[Any, ...] = ()  # all values, in the order of the dict
+    lr_at: int = 0  # where lr stands among them
     plan: tuple[Any, ...] = ()
     table: tuple[Any, ...] = ()
     names: Any = None
     lr: Any = None
+
+
+class GroupsVersion(NamedTuple):
+    """The same as long as no hyperparameter changed; ``numbers`` also while nothing but learning rates did."""
+
+    numbers: int
+    lrs: int
 
 
 @dataclass
@@ -35,22 +44,33 @@ class LiveGroups:
     """
 
     seen: list[_Seen] = field(default_factory=list)
-    #: Go up whenever a group changed what plans depend on (path, state, depth, names), and whenever anything changed.
+    #: Go up whenever a group changed what plans depend on (path, state, depth, names), anything, its lr alone.
     plans: int = 0
     tables: int = 0
+    lrs: int = 0
     #: Whether any group clips, and whether any drops non-finite steps.
     clips: bool = False
     skips: bool = False
+    _settled: _Settled | None = None
 
-    def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    @property
+    def version(self) -> GroupsVersion:
+        return GroupsVersion(self.tables, self.lrs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_settled": None}  # a compiled module cannot be copied, and identities are others'
+
+    def check(self, groups: list[dict[str, Any]]) -> None:
         """Raise TypeError or ValueError where a group changed and is not sound; else remember it."""
         if len(groups) != len(self.seen):
             self.seen = [_Seen() for _ in groups]
         before = self.tables
-        for index, (group, seen) in enumerate(zip(groups, self.seen, strict=True)):
-            known = seen.group
-            if len(group) != len(known) or not all(map(is_, group.values(), known)) or _in_place(group, seen):
-                self._check(groups, index)
+        if self._settled is None or not self._settled.holds(groups):
+            for index, (group, seen) in enumerate(zip(groups, self.seen, strict=True)):
+                same = len(group) == len(seen.group) and all(map(is_, group.values(), seen.group))
+                if not (same and not _in_place(group, seen)) and not self._take_lr(group, seen, index):
+                    self._check(groups, index)
+            self._settled = None if HOST_WALK.compiled is None else _Settled(HOST_WALK.compiled, self.seen)
         if self.tables != before:
             self.clips = any(group["max_grad_norm"] is not None for group in groups)
             self.skips = any(group["skip_nonfinite"] for group in groups)
@@ -76,7 +96,38 @@ class LiveGroups:
             self.plans += not same_plan
         # The list of parameters is the fingerprint's business, and that of names is compared.
         values = tuple(v if key in ("params", "param_names") else _frozen(v) for key, v in group.items())
-        self.seen[index] = _Seen(values, plan, tuple(map(_frozen, table)), names, known_lr)
+        self.seen[index] = _Seen(values, list(group).index("lr"), plan, tuple(map(_frozen, table)), names, known_lr)
+
+    def _take_lr(self, group: Mapping[str, Any], seen: _Seen, index: int) -> bool:
+        """Whether nothing but the learning rate is new, as after a scheduler's step; it is checked and remembered then.
+
+        3 us a group, where looking at everything takes 25.
+        """
+        values, at, lr = tuple(group.values()), seen.lr_at, group.get("lr")
+        if len(values) != len(seen.group) or values[at] is not lr or _frozen(group.get("param_names")) != seen.names:
+            return False
+        if not all(map(is_, values, (*seen.group[:at], lr, *seen.group[at + 1 :]))):
+            return False
+        check_lr(group, f"group {index}")
+        seen.group, seen.lr = values, _known_lr(lr)
+        self.lrs += 1
+        return True
+
+
+class _Settled:
+    """Tells in 0.02 us a group (0.1 from Python 3.13 on) that nothing changed since all groups were found sound."""
+
+    def __init__(self, walk: Any, seen: Sequence[_Seen]) -> None:
+        self._walk = walk
+        self._values, self._names = [some.group for some in seen], [some.names for some in seen]
+        self._versions = bytearray(8 * len(seen))  # of the dicts, filled in and used by the walk
+        #: Learning rates on the CPU, whose numbers may have changed in place.
+        self._watched = [(index, some) for index, some in enumerate(seen) if type(some.lr) is tuple]
+
+    def holds(self, groups: list[dict[str, Any]]) -> bool:
+        """False also where it cannot tell, as for names that are equal and other objects."""
+        same: bool = self._walk.same_groups(groups, self._values, self._names, self._versions)
+        return same and not any(_in_place(groups[index], seen) for index, seen in self._watched)
 
 
 def _in_place(group: Mapping[str, Any], seen: _Seen) -> bool:

@@ -176,4 +176,5 @@ def _as_scalar(loss: Tensor | float) -> Tensor:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}; pass its mean, loss.mean()")
     if loss.is_complex():
         raise TypeError(f"loss must be real, got {loss.dtype}")
-    return loss.detach().reshape(()).to(host.widest(loss.device), copy=True)
+    loss = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
+    return loss.to(host.widest(loss.device), copy=True)

@@ -295,7 +295,7 @@ class DALS(torch.optim.Optimizer):
         ):
             raise RuntimeError("max_grad_norm or skip_nonfinite was turned on or off: capture the step again")
         for fused in runtime.fused.values():
-            fused.group_table.refresh(self.param_groups, runtime.live_groups.tables)
+            fused.group_table.refresh(self.param_groups, runtime.live_groups.version)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fused_dals.depth_rule import DepthMap
-from fused_dals.fingerprint import Fingerprint
+from fused_dals.fingerprint import CompiledFingerprint, Fingerprint
 from fused_dals.fused import FusedPass
 from fused_dals.gather import group_labels, parameter_names
 from fused_dals.live_groups import LiveGroups
@@ -28,7 +28,7 @@ class Steady:
     """A fused pass that did the whole last step, and what it was prepared for."""
 
     fused: FusedPass
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint | CompiledFingerprint
     plans: int  # LiveGroups.plans at that time
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_dals.fused import FUSED_DTYPES, FusedPass, triton_is_installed
 from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
+from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.reference import dals_reference_, raw_blend
 from fused_dals.run_state import RunState, StepInputs
@@ -81,6 +82,6 @@ def _error_of_kernels(device: torch.device) -> float:
     state = {p: {"grad_ema": torch.zeros_like(p), "momentum_buffer": torch.zeros_like(p)} for p in params}
     fused = FusedPass(device)
     fused.prepare([TensorBatch(0, [0, 1], params, grads)], state, [[raw_blend(_DEPTH)] * 2])
-    fused.run(inputs, [_GROUP], 0)
+    fused.run(inputs, [_GROUP], GroupsVersion(0, 0))
     change = max(float((e - s).abs().max()) for e, s in zip(expected, start, strict=True))
     return max(float((p - e).abs().max()) for p, e in zip(params, expected, strict=True)) / change

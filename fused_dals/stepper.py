@@ -15,6 +15,7 @@ from fused_dals.capture import check_capturable, check_losses_capturable, is_cap
 from fused_dals.fingerprint import take_fingerprint
 from fused_dals.fused import FusedPass, why_not_fused
 from fused_dals.gather import TensorBatch, create_missing_state, gather, parameter_label
+from fused_dals.host_walk import HOST_WALK
 from fused_dals.loss_signal import NO_LOSS_WARNING, StepLoss
 from fused_dals.overlap import find_overlap
 from fused_dals.run_state import StepInputs
@@ -195,8 +196,11 @@ class Stepper:
 
     def _remember(self, passes: Sequence[FusedPass], others: Sequence[TensorBatch]) -> None:
         """Let the next step go on with the tables of this one, if one fused pass did all of it."""
-        alone = len(passes) == 1 and not others
-        fingerprint = take_fingerprint(self.groups, self.state, self.runtime.distributed) if alone else None
+        if len(passes) != 1 or others:
+            return
+        if passes[0].device.type != "cpu":
+            HOST_WALK.want()
+        fingerprint = take_fingerprint(self.groups, self.state, self.runtime.distributed)
         if fingerprint is not None:
             self.runtime.steady = Steady(passes[0], fingerprint, self.runtime.live_groups.plans)
 
@@ -205,11 +209,12 @@ class Stepper:
         steady, self.runtime.steady = self.runtime.steady, None
         if steady is None or steady.plans != self.runtime.live_groups.plans:
             return None
-        now = take_fingerprint(self.groups, self.state, self.runtime.distributed)
-        if now is None or not now.same_but_for_addresses_of_gradients(steady.fingerprint):
+        addresses = steady.fingerprint.follow(self.groups, self.state)
+        if addresses is None:
             return None
-        if not steady.fused.follow_grads(now.grad_addresses):
-            return None
+        steady.fused.follow_grads(addresses)
+        if steady.fingerprint.is_outdated():
+            steady.fingerprint = take_fingerprint(self.groups, self.state, False) or steady.fingerprint
         self.runtime.steady = steady
         return steady
 
@@ -245,7 +250,7 @@ class Stepper:
             runtime.shards.begin()
         for fused in passes:
             own = inputs if fused.device == home else before.on(fused.device)
-            fused.begin(own, self.groups, runtime.live_groups.tables)
+            fused.begin(own, self.groups, runtime.live_groups.version)
         measured = self._step_batches(passes, others, scalars)
         if not any(fused.device == home for fused in passes):
             inputs.values.copy_(scalars[home].next_values if home in scalars else before.next_values())

@@ -18,6 +18,7 @@ from fused_dals import DALS
 from fused_dals.buckets import CHUNK, WIDE_BYTES
 from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
+from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.reference import dals_reference_
 from fused_dals.run_state import RunState, StepInputs
@@ -62,7 +63,9 @@ class Tensors:
         loss = torch.ones((), dtype=torch.float64, device=DEVICE)
         fused = FusedPass(DEVICE, window=window, stage_a_writes=stage_a_writes)
         fused.prepare([TensorBatch(0, list(range(len(p))), p, g)], state, [self.blends])
-        (measured,) = fused.run(StepInputs(RunState().values.to(DEVICE), StepLoss(loss, 1)), [{**GROUP, **group}], 0)
+        (measured,) = fused.run(
+            StepInputs(RunState().values.to(DEVICE), StepLoss(loss, 1)), [{**GROUP, **group}], GroupsVersion(0, 0)
+        )
         return measured.values.clone()
 
     def reference_step(self, dtype: torch.dtype | None = None, **group: Any) -> list[float]:

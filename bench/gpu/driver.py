@@ -16,6 +16,7 @@ from fused_dals import fused
 from fused_dals.buckets import CHUNK, Bucket
 from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
+from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.run_state import RunState, StepInputs
 
@@ -85,7 +86,7 @@ class PassDriver:
         """One step; returns the trust ratios, in memory that the next step writes again."""
         inputs = StepInputs(self.run_state.values, StepLoss(self.loss, 1))
         with _launch_shape(self.plan):
-            (measured,) = self.fused_pass.run(inputs, [self.group], groups_version=0)
+            (measured,) = self.fused_pass.run(inputs, [self.group], groups_version=GroupsVersion(0, 0))
         return measured.values
 
 

@@ -1,5 +1,7 @@
 """``python -m bench host``: what a fused step costs the host, on any machine; kernel launches are no-ops."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import time
@@ -7,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,29 +21,39 @@ from bench.machine import find_machine
 from bench.table import format_table
 from bench.timing import Spread
 from fused_dals import DALS
+from fused_dals.host_walk import HOST_WALK
 
 #: Tensors and groups of the cases; the first and the largest give the cost per tensor, the second and third per group.
 CASES = ((10, 1), (300, 1), (300, 300), (10_000, 1))
 ELEMENTS = 64
+
+#: How the optimizer looks for what changed: by host_walk.cpp, or without it.
+COMPILED, IN_PYTHON = "compiled", "in Python"
+
 WARMUP_STEPS = 5
 
 
 @dataclass(frozen=True)
 class HostCost:
-    """Seconds of host time per step, and of the least that any step must do: read every gradient and its address."""
+    """Seconds of host time per step by either walk: with gradients elsewhere than before, and with a new learning rate
+    in every group besides, as under a scheduler; and of reading every gradient and its address in Python.
+    """
 
+    walk: str
     tensors: int
     groups: int
     step_s: Spread
+    scheduled_s: Spread
     addresses_s: Spread
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench host",
-        description="Host time of one fused step: checks, comparison of all tensors with the last step, tables, "
-        "preparation of the launches, which are no-ops here. With new gradients at every step, as in training. Times "
-        "in microseconds. 'addresses': reading every gradient and its address, the least that a step must do.",
+        description="Host time of one fused step, in microseconds: checks, comparison of all tensors with the last "
+        "step, tables, preparation of the launches, which are no-ops here. With new gradients at every step, as in "
+        "training; with the compiled walk over the tensors and without it. 'new lr': every group's learning rate "
+        "changed, too. 'addresses': reading every gradient and its address in Python.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--repeats", type=int, default=200, help="timed steps per case")
@@ -61,10 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     extras.require("tqdm")
     from tqdm import tqdm
 
+    walks = [COMPILED, IN_PYTHON]
+    if HOST_WALK.want(wait=True) is None:
+        print(f"no compiled walk: {HOST_WALK.why_not}")
+        walks.remove(COMPILED)
     costs = []
     with without_launches():
-        for tensors, groups in tqdm(CASES, unit="case"):
-            costs.append(measure(tensors, groups, args.repeats))
+        for walk, (tensors, groups) in tqdm(list(product(walks, CASES)), unit="case"):
+            with using(walk):
+                costs.append(measure(tensors, groups, args.repeats))
     print(cost_table(costs))
     if args.json is not None:
         found = {"repeats": args.repeats, "results": [asdict(cost) for cost in costs]}
@@ -73,9 +91,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def using(walk: str) -> Iterator[None]:
+    """The compiled walk, where there is one, or none."""
+    there = HOST_WALK.compiled
+    HOST_WALK.compiled = there if walk == COMPILED else None
+    try:
+        yield
+    finally:
+        HOST_WALK.compiled = there
+
+
 class _NoLaunch:
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    """A kernel that does nothing, also as what Triton has compiled."""
+
+    def __init__(self, arg_names: Sequence[str]) -> None:
+        self.arg_names = arg_names
+
+    def __getitem__(self, grid: Any) -> Callable[..., _NoLaunch]:
+        return lambda *args, **kwargs: self
 
 
 @contextmanager
@@ -87,7 +121,7 @@ def without_launches() -> Iterator[None]:
     real = {name: getattr(module, name) for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            setattr(module, name, _NoLaunch())
+            setattr(module, name, _NoLaunch(real[name].arg_names))
         yield
     finally:
         for name, module in modules.items():
@@ -101,31 +135,41 @@ def measure(tensors: int, groups: int, repeats: int) -> HostCost:
     optimizer = DALS([{"params": named[i::groups]} for i in range(groups)], depth=0.5, fused=True)
     loss = torch.ones((), device=device)
     gradients = [[torch.ones_like(p) for _, p in named] for _ in range(2)]
-    steps, addresses = [], []
-    for step in range(WARMUP_STEPS + repeats):
+    steps: list[float] = []
+    scheduled: list[float] = []
+    addresses: list[float] = []
+    for step in range(WARMUP_STEPS + 2 * repeats):
         for (_, p), gradient in zip(named, gradients[step % 2], strict=True):
             p.grad = gradient
+        new_lr = step % 4 > 1  # so that both kinds of step meet both sets of gradients
+        for group in optimizer.param_groups if new_lr else ():
+            group["lr"] = 0.03 / (1 + step)
         start = time.perf_counter()
         optimizer.step(loss=loss)
         middle = time.perf_counter()
         list(map(torch.Tensor.data_ptr, map(attrgetter("grad"), [p for _, p in named])))
         end = time.perf_counter()
         if step >= WARMUP_STEPS:
-            steps.append(middle - start)
+            (scheduled if new_lr else steps).append(middle - start)
             addresses.append(end - middle)
-    return HostCost(tensors, groups, Spread.of(steps), Spread.of(addresses))
+    walk = IN_PYTHON if HOST_WALK.compiled is None else COMPILED
+    return HostCost(walk, tensors, groups, *map(Spread.of, (steps, scheduled, addresses)))
 
 
 def cost_table(costs: Sequence[HostCost]) -> str:
-    """Microseconds per step, then what one more tensor and one more group cost."""
+    """Microseconds per step, then what one more tensor and one more group cost, by either walk."""
     cells = []
     for cost in costs:
-        times = [cost.step_s.median, cost.step_s.p10, cost.step_s.p90, cost.addresses_s.median]
-        cells.append([f"{cost.tensors:,}", str(cost.groups), *(f"{1e6 * value:.0f}" for value in times)])
-    table = format_table(["tensors", "groups", "median us", "p10 us", "p90 us", "addresses us"], cells)
-    few, some, grouped, many = costs
-    tensor = (many.step_s.median - few.step_s.median) / (many.tensors - few.tensors)
-    address = (many.addresses_s.median - few.addresses_s.median) / (many.tensors - few.tensors)
-    group = (grouped.step_s.median - some.step_s.median) / (grouped.groups - some.groups)
-    per_tensor = f"per tensor {1e9 * tensor:.0f} ns, of which reading its address {1e9 * address:.0f}"
-    return f"{table}\n\n{per_tensor}; per group {1e6 * group:.1f} us"
+        times = [cost.step_s.median, cost.step_s.p10, cost.step_s.p90, cost.scheduled_s.median, cost.addresses_s.median]
+        cells.append([cost.walk, f"{cost.tensors:,}", str(cost.groups), *(f"{1e6 * value:.0f}" for value in times)])
+    header = ["walk", "tensors", "groups", "median us", "p10 us", "p90 us", "new lr us", "addresses us"]
+    lines = [format_table(header, cells), ""]
+    for walk in dict.fromkeys(cost.walk for cost in costs):
+        few, some, grouped, many = (cost for cost in costs if cost.walk == walk)
+        up_to_some, up_to_many = (
+            1e9 * (more.step_s.median - few.step_s.median) / (more.tensors - few.tensors) for more in (some, many)
+        )
+        group = (grouped.step_s.median - some.step_s.median) / (grouped.groups - some.groups)
+        tensor = f"{up_to_some:.0f} ns up to {some.tensors:,}, {up_to_many:.0f} ns up to {many.tensors:,}"
+        lines.append(f"{walk}: per tensor {tensor}; per group {1e6 * group:.2f} us")
+    return "\n".join(lines)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from bench import environment
+from fused_dals.host_walk import HOST_WALK
 
 #: Category and name of a kernel, memset or copy.
 Launch = tuple[str, str]
@@ -144,9 +145,10 @@ def available_bytes() -> int:
 
 
 def find_machine() -> Machine:
-    """The current GPU, or the processor where there is none."""
+    """The current GPU, with the walk over tensors compiled, or the processor where there is none."""
     if not torch.cuda.is_available():
         return HostMachine()
     from bench.gpu.machine import CudaMachine
 
+    HOST_WALK.want(wait=True)  # no step is timed while a compiler runs beside it
     return CudaMachine(torch.device("cuda", torch.cuda.current_device()))

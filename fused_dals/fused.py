@@ -6,9 +6,9 @@ import functools
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,6 +69,15 @@ BucketKey = tuple[torch.dtype, torch.dtype, torch.dtype, bool]
 
 
 @dataclass
+class Again:
+    """A launch of the pass that can be made as it is, as long as nothing was written anew that it was given."""
+
+    launch: Callable[[], None]
+    kernel: Any
+    scalars: Tensor  # of the groups; all else belongs to the bucket, which stays as it is between two prepare()
+
+
+@dataclass
 class Launch:
     """One launch of the pass: a bucket, what its tensors have in common, and where they stand in the groups."""
 
@@ -77,6 +86,9 @@ class Launch:
     owners: list[Tensor]  # the parameters as the groups hold them
     members: list[TrustRatios]  # by group, views of what the launch leaves on the device and the next writes anew
     baked: BakedTable | None = None  # the gradients' addresses in the graph that is being captured, or was last
+    again: dict[tuple[int, bool], Again] = field(
+        default_factory=dict
+    )  # by work list and whether gradients are unscaled
 
 
 class FusedPass:
@@ -303,6 +315,11 @@ class FusedPass:
     def _launch_pass(self, launch: Launch, which: int) -> None:
         from fused_dals.kernels.fused_pass import fused_pass
 
+        # A step that is being captured has a table of its own for the gradients' addresses.
+        again = None if is_capturing(self.device) else launch.again.get((which, self._unscale))
+        if again is not None and again.kernel is fused_pass and again.scalars is self.group_table.scalars:
+            again.launch()
+            return
         bucket, (param, grad, state, compensated) = launch.bucket, launch.key
         work = bucket.lists[which]
         arguments = (
@@ -321,7 +338,7 @@ class FusedPass:
             self._seed,
             work.count,
         )
-        self.launcher.launch(
+        launched = self.launcher.launch(
             fused_pass,
             self._programs(),
             arguments,
@@ -336,6 +353,8 @@ class FusedPass:
             A_WRITES=self.stage_a_writes,
             EVICT_FIRST=self.evict_first,
         )
+        if launched is not None and self.shards is None and not is_capturing(self.device):
+            launch.again[which, self._unscale] = Again(launched, fused_pass, self.group_table.scalars)
 
     def _grads_of(self, launch: Launch) -> Tensor:
         return launch.baked.values if launch.baked and is_capturing(self.device) else launch.bucket.grads

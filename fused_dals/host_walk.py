@@ -59,6 +59,7 @@ class Build:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         except OSError as error:
+            self._folder.cleanup()
             raise BuildError(f"{compiler} does not start: {error}") from None
         atexit.register(self._stop)
 

@@ -104,9 +104,11 @@ class LiveGroups:
         3 us a group, where looking at everything takes 25.
         """
         values, at, lr = tuple(group.values()), seen.lr_at, group.get("lr")
-        if len(values) != len(seen.group) or values[at] is not lr or _frozen(group.get("param_names")) != seen.names:
+        if len(values) != len(seen.group) or values[at] is not lr:
             return False
         if not all(map(is_, values, (*seen.group[:at], lr, *seen.group[at + 1 :]))):
+            return False
+        if _frozen(group.get("param_names")) != seen.names:  # changed in place
             return False
         check_lr(group, f"group {index}")
         seen.group, seen.lr = values, _known_lr(lr)

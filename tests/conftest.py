@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 
+from fused_dals.host_walk import HOST_WALK
+
 # Without a GPU the real kernels run on CPU tensors; Triton reads this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,8 +20,22 @@ os.environ["FUSED_DALS_TEST_SEED"] = str(SEED)
 torch.set_num_threads(1)
 
 
+# Optimizers on a GPU build it in the background and use it once it is there; here it is there from the start.
+HOST_WALK.want(wait=True)
+
+
 def pytest_report_header() -> str:
-    return f"FUSED_DALS_TEST_SEED={SEED}"
+    return f"FUSED_DALS_TEST_SEED={SEED}, compiled walk: {HOST_WALK.why_not or 'yes'}"
+
+
+@pytest.fixture(params=["compiled walk", "walk in Python"])
+def either_walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of asking what changed between two steps."""
+    if request.param == "walk in Python":
+        monkeypatch.setattr(HOST_WALK, "compiled", None)
+    elif HOST_WALK.compiled is None:
+        pytest.skip(f"no compiled walk: {HOST_WALK.why_not}")
+    return str(request.param)
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.host import CASES, HostCost, cost_table, measure, without_launches
+from bench.host import CASES, COMPILED, IN_PYTHON, HostCost, cost_table, measure, using, without_launches
 from bench.timing import Spread
 from fused_dals import DALS
+from fused_dals.host_walk import HOST_WALK
 
 pytest.importorskip("triton")
 
@@ -25,19 +26,34 @@ def test_without_launches_nothing_is_computed_and_afterwards_it_is() -> None:
     assert not torch.equal(p, torch.ones(3))
 
 
-def test_a_case_is_measured() -> None:
+def test_a_case_is_measured(either_walk: str) -> None:
     with without_launches():
         cost = measure(7, 3, repeats=4)
     assert (cost.tensors, cost.groups) == (7, 3)
-    assert 0 < cost.step_s.p10 <= cost.step_s.median <= cost.step_s.p90 and cost.addresses_s.median > 0
+    assert cost.walk == (COMPILED if either_walk == "compiled walk" else IN_PYTHON)
+    assert 0 < cost.step_s.p10 <= cost.step_s.median <= cost.step_s.p90
+    assert cost.scheduled_s.median > 0 and cost.addresses_s.median > 0
+
+
+def test_a_walk_is_used_for_a_while_only() -> None:
+    there = HOST_WALK.compiled
+    with using(IN_PYTHON):
+        assert HOST_WALK.compiled is None
+    with using(COMPILED):
+        assert HOST_WALK.compiled is there
+    assert HOST_WALK.compiled is there
 
 
 def test_the_table_tells_what_one_more_costs() -> None:
-    def cost(tensors: int, groups: int, us: float, addresses: float) -> HostCost:
-        return HostCost(tensors, groups, *(Spread(1e-6 * value, 0.0, 0.0) for value in (us, addresses)))
+    def cost(walk: str, tensors: int, groups: int, us: float) -> HostCost:
+        return HostCost(walk, tensors, groups, *(Spread(1e-6 * value, 0.0, 0.0) for value in (us, us + 11, 1)))
 
-    costs = [cost(10, 1, 100, 1), cost(300, 1, 200, 30), cost(300, 300, 499, 30), cost(10_010, 1, 5100, 1001)]
-    assert "per tensor 500 ns, of which reading its address 100; per group 1.0 us" in cost_table(costs)
+    costs = [cost(COMPILED, 10, 1, 100), cost(COMPILED, 310, 1, 220), cost(COMPILED, 310, 310, 529)]
+    costs += [cost(COMPILED, 10_010, 1, 5100), *(cost(IN_PYTHON, n, g, n + g) for n, g in CASES)]
+    lines = cost_table(costs).splitlines()
+    assert lines[2].split() == ["compiled", "10", "1", "100", "0", "0", "111", "1"]
+    assert "compiled: per tensor 400 ns up to 310, 500 ns up to 10,010; per group 1.00 us" in lines
+    assert "in Python: per tensor 1000 ns up to 300, 1000 ns up to 10,000; per group 1.00 us" in lines
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,5 +61,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert main(["host", "--repeats", "2", "--json", str(tmp_path / "host.json")]) == 0
     assert "per tensor" in capsys.readouterr().out
     record = json.loads((tmp_path / "host.json").read_text())
-    assert [row["tensors"] for row in record["results"]] == [2, 4, 4, 9] and record["environment"]
+    walks = 1 if HOST_WALK.compiled is None else 2
+    assert [row["tensors"] for row in record["results"]] == [2, 4, 4, 9] * walks and record["environment"]
     assert CASES[0] == (10, 1) and max(CASES) == (10_000, 1)

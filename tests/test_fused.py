@@ -334,7 +334,7 @@ def test_at_most_three_launches(count: int, monkeypatch: pytest.MonkeyPatch, see
         assert count_launches(DALS([dict(g) for g in groups], fused=True), monkeypatch) <= 3
 
 
-def test_tables_are_written_only_when_something_changed(seed: int) -> None:
+def test_tables_are_written_only_when_something_changed(either_walk: str, seed: int) -> None:
     model = ConvNet().to(DEVICE)
     optimizer = DALS(model, fused=True)
     for p in model.parameters():
@@ -384,6 +384,11 @@ def replace_state(model: ConvNet, optimizer: DALS) -> None:
     entry["momentum_buffer"] = torch.ones_like(entry["momentum_buffer"])
 
 
+def swap_data_of_state(model: ConvNet, optimizer: DALS) -> None:
+    momentum_buffer = optimizer.state[model.conv.weight]["momentum_buffer"]
+    momentum_buffer.data = torch.ones_like(momentum_buffer)
+
+
 def forget_state(model: ConvNet, optimizer: DALS) -> None:
     del optimizer.state[model.conv.weight]
 
@@ -428,11 +433,13 @@ def load(model: ConvNet, optimizer: DALS) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        swap_parameter, swap_data, change_strides, same_memory_other_strides, replace_state, forget_state, freeze,
-        change_depth, add_group, misalign_gradient, move_between_groups, rename_in_place, load,
+        swap_parameter, swap_data, change_strides, same_memory_other_strides, replace_state, swap_data_of_state,
+        forget_state, freeze, change_depth, add_group, misalign_gradient, move_between_groups, rename_in_place, load,
     ],
 )  # fmt: skip
-def test_whatever_changes_between_steps_is_noticed(change: Callable[[ConvNet, DALS], None], seed: int) -> None:
+def test_whatever_changes_between_steps_is_noticed(
+    change: Callable[[ConvNet, DALS], None], either_walk: str, seed: int
+) -> None:
     """A fused run and a foreach run meet the same surprise between two steps, and go on alike."""
     results = []
     for path in ({"fused": True}, {"foreach": True}):
@@ -518,7 +525,7 @@ def test_fused_wins_over_foreach_false(seed: int) -> None:
     assert optimizer._runtime.fused[DEVICE].preparations == 1
 
 
-def test_autograd_notices_the_write() -> None:
+def test_autograd_notices_the_write(either_walk: str) -> None:
     p = torch.nn.Parameter(torch.ones(3, device=DEVICE))
     loss = (p * p).sum()
     p.grad = torch.ones_like(p)

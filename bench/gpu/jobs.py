@@ -32,6 +32,7 @@ from bench.machine import Machine
 from bench.shapes import SHAPES
 from bench.timing import StepRow, one_line, time_contenders
 from fused_dals.buckets import CHUNK
+from fused_dals.host_walk import HOST_WALK
 
 SWEEP_MODELS, SWEEP_DTYPES = ("resnet50", "vit_l_16", "gpt2_xl"), ("fp32", "mixed")
 MODELS = ("resnet50", "vit_b_16", "vit_l_16", "bert_large", "gpt2", "gpt2_xl", "llama_7b")
@@ -257,8 +258,12 @@ def compilations_of(scale: Scale) -> list[Compilation]:
 
 
 def compile_ahead(device: torch.device, compilations: Sequence[Compilation], workers: int) -> list[Check]:
-    """Compile in several processes, whose results later steps find on disk; without workers, here."""
+    """Compile in several processes, whose results later steps find on disk; without workers, here.
+
+    Beside them the walk over tensors is compiled, so that no compiler runs while steps are timed.
+    """
     start = time.monotonic()
+    HOST_WALK.want()
     done, errors = 0, []
     if workers:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:  # leaving ends the processes
@@ -275,7 +280,11 @@ def compile_ahead(device: torch.device, compilations: Sequence[Compilation], wor
             done += 1
     taken = time.monotonic() - start
     detail = "; ".join([f"{done} of {len(compilations)} variants in {taken:.0f} s, {workers} processes", *errors[:3]])
-    return [Check("kernels compiled", not errors, detail, {"seconds": taken, "variants": done})]
+    walk = "used by every step from here on" if HOST_WALK.want(wait=True) is not None else HOST_WALK.why_not
+    return [
+        Check("kernels compiled", not errors, detail, {"seconds": taken, "variants": done}),
+        Check("walk over tensors compiled", HOST_WALK.compiled is not None, walk, {}),
+    ]
 
 
 # -- targets ---------------------------------------------------------------------------------------------------------

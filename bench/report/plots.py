@@ -63,7 +63,7 @@ def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
     bandwidth.set(title="Bandwidth (least bytes over time)", xlabel=size, ylabel="GB/s, median")
     _lines(host, rows, lambda row: row.tensors, lambda row: _median(row.host_s, 1e6))
     for file in hosts:
-        costs = [cost for cost in file.costs if cost.groups == 1]
+        costs = [cost for cost in file.costs if cost.groups == 1 and cost.walk == file.costs[0].walk]
         host.plot(
             [cost.tensors for cost in costs],
             [1e6 * cost.step_s.median for cost in costs],

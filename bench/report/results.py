@@ -82,4 +82,5 @@ def load(folder: Path) -> Results:
 
 
 def _cost(row: dict[str, Any]) -> HostCost:
-    return HostCost(row["tensors"], row["groups"], Spread(**row["step_s"]), Spread(**row["addresses_s"]))
+    spreads = (Spread(**row[name]) for name in ("step_s", "scheduled_s", "addresses_s"))
+    return HostCost(row["walk"], row["tensors"], row["groups"], *spreads)

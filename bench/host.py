@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -80,9 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         walks.remove(COMPILED)
     costs = []
     with without_launches():
-        for walk, (tensors, groups) in tqdm(list(product(walks, CASES)), unit="case"):
-            with using(walk):
-                costs.append(measure(tensors, groups, args.repeats))
+        for tensors, groups in tqdm(CASES, unit="case"):
+            costs += measure(tensors, groups, walks, args.repeats)
     print(cost_table(costs))
     if args.json is not None:
         found = {"repeats": args.repeats, "results": [asdict(cost) for cost in costs]}
@@ -128,20 +126,36 @@ def without_launches() -> Iterator[None]:
             setattr(module, name, real[name])
 
 
-def measure(tensors: int, groups: int, repeats: int) -> HostCost:
-    """Steps of ``tensors`` small parameters in ``groups`` groups, with other gradients than the step before."""
+def measure(tensors: int, groups: int, walks: Sequence[str], repeats: int) -> list[HostCost]:
+    """Steps of ``tensors`` small parameters in ``groups`` groups, the same ones for each walk."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     named = [(f"{i}.weight", torch.nn.Parameter(torch.ones(ELEMENTS, device=device))) for i in range(tensors)]
-    optimizer = DALS([{"params": named[i::groups]} for i in range(groups)], depth=0.5, fused=True)
-    loss = torch.ones((), device=device)
     gradients = [[torch.ones_like(p) for _, p in named] for _ in range(2)]
-    steps: list[float] = []
-    scheduled: list[float] = []
-    addresses: list[float] = []
-    for step in range(WARMUP_STEPS + 2 * repeats):
+    loss = torch.ones((), device=device)
+    costs = []
+    for walk in walks:
+        with using(walk):
+            optimizer = DALS([{"params": list(named[i::groups])} for i in range(groups)], depth=0.5, fused=True)
+            steps, addresses = _timed_steps(optimizer, named, gradients, loss, repeats, new_lr=False)
+            scheduled, _ = _timed_steps(optimizer, named, gradients, loss, repeats, new_lr=True)
+        costs.append(HostCost(walk, tensors, groups, *map(Spread.of, (steps, scheduled, addresses))))
+    return costs
+
+
+def _timed_steps(
+    optimizer: DALS,
+    named: Sequence[tuple[str, torch.nn.Parameter]],
+    gradients: Sequence[Sequence[torch.Tensor]],
+    loss: torch.Tensor,
+    repeats: int,
+    *,
+    new_lr: bool,
+) -> tuple[list[float], list[float]]:
+    """Seconds of steps with other gradients than the step before, and of reading all gradients' addresses in Python."""
+    steps, addresses = [], []
+    for step in range(WARMUP_STEPS + repeats):
         for (_, p), gradient in zip(named, gradients[step % 2], strict=True):
             p.grad = gradient
-        new_lr = step % 4 > 1  # so that both kinds of step meet both sets of gradients
         for group in optimizer.param_groups if new_lr else ():
             group["lr"] = 0.03 / (1 + step)
         start = time.perf_counter()
@@ -149,22 +163,21 @@ def measure(tensors: int, groups: int, repeats: int) -> HostCost:
         middle = time.perf_counter()
         list(map(torch.Tensor.data_ptr, map(attrgetter("grad"), [p for _, p in named])))
         end = time.perf_counter()
-        if step >= WARMUP_STEPS:
-            (scheduled if new_lr else steps).append(middle - start)
-            addresses.append(end - middle)
-    walk = IN_PYTHON if HOST_WALK.compiled is None else COMPILED
-    return HostCost(walk, tensors, groups, *map(Spread.of, (steps, scheduled, addresses)))
+        steps.append(middle - start)
+        addresses.append(end - middle)
+    return steps[WARMUP_STEPS:], addresses[WARMUP_STEPS:]
 
 
 def cost_table(costs: Sequence[HostCost]) -> str:
     """Microseconds per step, then what one more tensor and one more group cost, by either walk."""
     cells = []
-    for cost in costs:
+    walks = list(dict.fromkeys(cost.walk for cost in costs))
+    for cost in sorted(costs, key=lambda cost: walks.index(cost.walk)):
         times = [cost.step_s.median, cost.step_s.p10, cost.step_s.p90, cost.scheduled_s.median, cost.addresses_s.median]
         cells.append([cost.walk, f"{cost.tensors:,}", str(cost.groups), *(f"{1e6 * value:.0f}" for value in times)])
     header = ["walk", "tensors", "groups", "median us", "p10 us", "p90 us", "new lr us", "addresses us"]
     lines = [format_table(header, cells), ""]
-    for walk in dict.fromkeys(cost.walk for cost in costs):
+    for walk in walks:
         few, some, grouped, many = (cost for cost in costs if cost.walk == walk)
         up_to_some, up_to_many = (
             1e9 * (more.step_s.median - few.step_s.median) / (more.tensors - few.tensors) for more in (some, many)

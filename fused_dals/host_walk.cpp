@@ -38,18 +38,9 @@ constexpr int64_t WIDE_BYTES = 16;  // as in buckets.py
 
 int64_t as_number(const void* address) { return reinterpret_cast<int64_t>(address); }
 
-// Thousands of tensors lie all over memory, and each hides its address three pointers away: where nothing is fetched
-// ahead, 19 misses a parameter take 0.36 us. So items are touched one pointer deeper every STRIDE items before their
-// turn, by as many `levels` as there are.
+// Thousands of tensors lie all over memory, and each hides its address three pointers away. So items are touched before
+// their turn, one pointer deeper every STRIDE items, by as many `levels` as there are: a sixth less time for 10,000.
 constexpr size_t STRIDE = 8;
-
-// A list that keeps its memory from call to call: new pages would take longer than what is written to them.
-template <class Item, int which>
-std::vector<Item>& emptied() {
-  static std::vector<Item> items;
-  items.clear();
-  return items;
-}
 
 template <class Item, class Visit, class... Levels>
 bool for_each_ahead(const std::vector<Item>& items, Visit visit, Levels... levels) {
@@ -73,6 +64,13 @@ void touch_memory(const c10::TensorImpl* tensor) {
 }
 
 const c10::TensorImpl* tensor_of(PyObject* object) { return THPVariable_Unpack(object).unsafeGetTensorImpl(); }
+
+// What a dict has there; null where it has nothing, or looking failed.
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr) PyErr_Clear();
+  return value;
+}
 
 // Sees the object, and that it is a plain tensor or parameter: a subclass may have attributes of its own making.
 bool see_object(Recorder& sink, PyObject* object) { return THPVariable_CheckExact(object) && sink.see(as_number(object)); }
@@ -110,7 +108,7 @@ bool collect_params(Sink& sink, PyObject* groups, std::vector<PyObject*>& params
   if (!PyList_Check(groups) || !sink.see(PyList_GET_SIZE(groups))) return false;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); i++) {
     PyObject* group = PyList_GET_ITEM(groups, i);
-    PyObject* some = PyDict_Check(group) ? PyDict_GetItemWithError(group, key) : nullptr;
+    PyObject* some = PyDict_Check(group) ? item(group, key) : nullptr;
     if (some == nullptr || !(PyList_Check(some) || PyTuple_Check(some))) return false;
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(some);
     if (!sink.see(count)) return false;
@@ -228,7 +226,7 @@ bool same_items(PyObject* a, PyObject* b) {
 }
 
 // A number that no other state of any dict has; 0 where this Python has none. 100 ns a group are 5 with it.
-int64_t version_of(PyObject* dict) {
+int64_t version_of([[maybe_unused]] PyObject* dict) {
 #if PY_VERSION_HEX < 0x030D0000
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
   return static_cast<int64_t>(reinterpret_cast<PyDictObject*>(dict)->ma_version_tag);
@@ -251,7 +249,7 @@ bool same_values(PyObject* group, PyObject* values) {
 bool same_names(PyObject* group, PyObject* names) {
   static PyObject* const key = PyUnicode_InternFromString("param_names");
   if (names == Py_None) return true;
-  PyObject* now = PyDict_GetItemWithError(group, key);
+  PyObject* now = item(group, key);
   return now != nullptr && PyTuple_Check(names) && same_items(now, names);
 }
 

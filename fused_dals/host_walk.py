@@ -136,6 +136,8 @@ class HostWalk:
             try:
                 if os.environ.get(OFF) == "0":
                     raise BuildError(f"{OFF} is 0 in the environment")
+                if sysconfig.get_config_var("Py_GIL_DISABLED"):
+                    raise BuildError("this Python runs without a global lock, on which the compiled walk relies")
                 self._build = self._build or Build()
                 self.compiled = self._build.finish(wait=wait)
             except BuildError as error:

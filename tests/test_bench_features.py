@@ -29,7 +29,7 @@ from bench.shapes import SHAPES
 from fused_dals import foreach, host, scan
 from fused_dals.fused import FusedPass
 from fused_dals.gather import STATE_KEYS
-from tests.test_bench_gpu import TINY, CpuMachine
+from tests.gpu_stand_ins import TINY, CpuMachine
 from tests.test_capture import capturing, norms_of_a_device
 
 CPU = torch.device("cpu")

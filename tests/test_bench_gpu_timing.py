@@ -1,0 +1,130 @@
+"""Lists of tensors, contenders, the compiled reference, and how they take turns."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("tqdm")
+
+from bench import timing
+from bench.compiled import CompileBudget, OutOfTime, compiled_reference, time_limit
+from bench.contenders import (
+    FOREACH,
+    Contender,
+    Step,
+)
+from bench.gpu import jobs as gpu_jobs
+from bench.gpu.contenders import contenders_for
+from bench.shapes import SHAPES
+from bench.step_table import steps_text
+from bench.timing import make_parameters, time_contenders
+from tests.gpu_stand_ins import CPU, FP32, TINY, CpuMachine
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "parameters"),
+    [
+        ("vit_b_16", 152, 86_567_656),
+        ("vit_l_16", 296, 304_326_632),
+        ("bert_large", 391, 335_141_888),
+        ("gpt2_xl", 580, 1_557_611_200),
+        ("llama_1b", 201, 1_100_048_384),
+        ("llama_7b", 291, 6_738_415_616),
+    ],
+)
+def test_shapes_have_the_published_size(model: str, tensors: int, parameters: int) -> None:
+    shapes = list(SHAPES[model]())
+    assert len(shapes) == len(dict(shapes)) == tensors
+    assert sum(math.prod(shape) for _, shape in shapes) == parameters
+
+
+def test_a_smaller_model_where_memory_is_short() -> None:
+    assert gpu_jobs.fitting_model(CpuMachine(80 << 30), "llama_7b") == "llama_1b"
+    assert gpu_jobs.fitting_model(CpuMachine(139 << 30), "llama_7b") == "llama_7b"
+    assert gpu_jobs.fitting_model(CpuMachine(1), "gpt2") == "gpt2"
+
+
+def test_the_compiled_reference_is_the_reference() -> None:
+    named = make_parameters(TINY, FP32, CPU, 0)
+    twin = make_parameters(TINY, FP32, CPU, 0)
+    budget = CompileBudget(60.0, 60.0)
+    step = compiled_reference(named, len(named), budget, backend="eager")
+    step()
+    assert budget.left_s < 60
+    foreach = CONTENDERS_BY_NAME[FOREACH](twin)
+    for _ in range(2):
+        foreach()
+    for (_, a), (_, b) in zip(named, twin, strict=True):
+        assert not torch.equal(a, torch.zeros_like(a))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+CONTENDERS_BY_NAME = {name: c.build for name, c in contenders_for(FP32, 3, CompileBudget(0, 0)).items()}
+
+
+def test_compiling_has_its_limits() -> None:
+    named = make_parameters(TINY, FP32, CPU, 0)
+    with pytest.raises(RuntimeError, match=r"left out: torch\.compile takes 156 s or more, and has 60 s"):
+        compiled_reference(named, 391, CompileBudget(60.0, 60.0))
+    with pytest.raises(RuntimeError, match="is spent"):
+        compiled_reference(named, 3, CompileBudget(0.0, 60.0))
+
+    def slow(module: Any, inputs: Any) -> Any:
+        time.sleep(5)
+
+    with pytest.raises(RuntimeError, match="was not done with it after"):
+        compiled_reference(named, 1, CompileBudget(60.0, 0.5), backend=slow)
+    start = time.monotonic()
+    with pytest.raises(OutOfTime), time_limit(0.05):
+        while time.monotonic() < start + 5:
+            pass
+    with time_limit(5):
+        pass
+
+
+def _counting(calls: list[str], name: str, fails: bool = False) -> Contender:
+    def step() -> None:
+        calls.append(name)
+        if fails and calls.count(name) > 6:
+            raise RuntimeError("out of memory")
+
+    return Contender(lambda named: step, 28, 8)
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_contenders_take_turns_where_memory_allows(side_by_side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(timing, "MOST_STEPS", 1)
+    contenders = {"x": _counting(calls, "x"), "y": _counting(calls, "y")}
+    machine = CpuMachine(10_000 if side_by_side else 1200)
+    rows = time_contenders(machine, "m", FP32, "fp32", TINY, contenders, 4, 0)
+    assert [row.side_by_side for row in rows] == [side_by_side] * 2
+    assert all(row.error is None and len(row.device_samples_s) == 4 for row in rows)
+    warm = timing.WARMUP_STEPS + 3 + 1
+    expected = ["x", "y"] * 4 if side_by_side else ["x"] * 4
+    assert calls[warm * (2 if side_by_side else 1) :][: len(expected)] == expected
+    rows = time_contenders(CpuMachine(100), "m", FP32, "fp32", TINY, contenders, 4, 0)
+    assert all(row.error is not None and row.error.startswith("left out: needs") for row in rows)
+
+
+def test_a_contender_that_breaks_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def refuses(named: Any) -> Step:
+        raise RuntimeError("not\n built")
+
+    contenders = {
+        "refuses": Contender(refuses, 28, 8),
+        "breaks": _counting(calls, "breaks", fails=True),
+        "works": _counting(calls, "works"),
+    }
+    rows = time_contenders(CpuMachine(), "m", FP32, "fp32", TINY, contenders, 3, 0)
+    assert [row.error for row in rows] == ["RuntimeError: not built", "RuntimeError: out of memory", None]
+    text = steps_text(rows, 1e9)
+    assert "refuses failed: RuntimeError: not built" in text and "\nworks " in text

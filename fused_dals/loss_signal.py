@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fused_dals import host
 from fused_dals.capture import is_capturing
+from fused_dals.launcher import ALIGNMENT
 from fused_dals.loss_average import LossAverage, OnItsWay
 
 NO_LOSS_WARNING = (
@@ -23,21 +24,30 @@ NO_LOSS_WARNING = (
 )
 
 
+#: What the kernels read as a loss.
+_READABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 @dataclass
 class StepLoss:
-    """What a step takes: ``total`` is the sum of ``count`` losses, 0-dim; or [sum, count], and ``count`` None."""
+    """What a step takes: ``total`` is the sum of ``count`` losses, 0-dim; or [sum, count], and ``count`` None.
+
+    It is in double precision (single where the device has no double), but for a single loss that is read where it is.
+    """
 
     total: Tensor | None = None
     count: int | None = 0
 
     def on(self, device: torch.device) -> StepLoss:
-        return StepLoss(None if self.total is None else host.scalars_on(device, self.total), self.count)
+        if self.total is None or self.total.device == device:
+            return self
+        return StepLoss(host.scalars_on(device, self.total), self.count)
 
     def mean(self) -> Tensor | None:
         """NaN where [sum, count] counts nothing: no finite mean moves the phase, and none is waited for."""
         if self.total is None or self.count is None:
             return None if self.total is None else self.total[0] / self.total[1]
-        return self.total / self.count
+        return self.total.to(host.widest(self.total.device)) / self.count
 
 
 class LossSignal:
@@ -67,9 +77,17 @@ class LossSignal:
         # A copy is not what watch_loss watches for: it says so once, if nobody hands it losses.
         return {**self.__dict__, "observed": False, "_flight": None}
 
-    def observe(self, loss: Tensor | float) -> None:
-        """Add one loss to those of the coming step."""
+    def observe(self, loss: Tensor | float, *, now: bool = False) -> None:
+        """Add one loss to those of the coming step; ``now``: the step is under way, and nobody writes to it before.
+
+        It is copied, because it may be written in place afterwards, and detached, because its graph must not be kept.
+        A copy on a GPU is a launch more, so a step that takes this loss alone reads it where it is, if it can: not from
+        a graph, whose replays would need the kernel for this dtype compiled before capture.
+        """
         value = _as_scalar(loss)
+        alone = now and self.pending is None and not self.average.active()
+        if not (alone and _is_readable(value)):
+            value = value.to(host.widest(value.device), copy=True)
         if self.pending is None:
             self.pending = value
         else:
@@ -158,11 +176,14 @@ def watch(module: nn.Module, signal: LossSignal) -> RemovableHandle:
     return module.register_forward_hook(WatchLoss(signal))
 
 
-def _as_scalar(loss: Tensor | float) -> Tensor:
-    """A copy of ``loss``, 0-dim and in double precision (single where the device has no double).
+def _is_readable(scalar: Tensor) -> bool:
+    """Whether a step may read this loss where it is; kernels ask for memory that is aligned as all memory of torch."""
+    plain = type(scalar) is Tensor and scalar.dtype in _READABLE
+    return plain and scalar.data_ptr() % ALIGNMENT == 0 and not is_capturing(scalar.device)
 
-    A copy, because the loss may be written in place afterwards; detached, because its graph must not be kept.
-    """
+
+def _as_scalar(loss: Tensor | float) -> Tensor:
+    """``loss`` detached and 0-dim, in its own memory if it is a tensor."""
     if not isinstance(loss, Tensor):
         if not hasattr(loss, "__float__"):
             raise TypeError(f"loss must be a number or a scalar tensor, got {type(loss).__name__}")
@@ -176,5 +197,4 @@ def _as_scalar(loss: Tensor | float) -> Tensor:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}; pass its mean, loss.mean()")
     if loss.is_complex():
         raise TypeError(f"loss must be real, got {loss.dtype}")
-    loss = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-    return loss.to(host.widest(loss.device), copy=True)
+    return loss.detach() if loss.dim() == 0 else loss.detach().reshape(())

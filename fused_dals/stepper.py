@@ -68,7 +68,7 @@ class Stepper:
             self._check_plan_capturable(fused, others)
             runtime.captured = Captured(runtime.live_groups.clips, runtime.live_groups.skips, by_kernels=not others)
         for loss in losses:
-            runtime.loss.observe(loss)
+            runtime.loss.observe(loss, now=True)
         if steady:
             self._run([steady.fused], [], home, found_inf, grad_scale)
             return

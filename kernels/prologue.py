@@ -78,7 +78,7 @@ def prologue(
     scalars,  # float32 [group_count, SCALAR_WIDTH], written
     seed,  # int32 [1], written: what stochastic rounding draws from in this step
     state,  # float64 [4]: completed steps, E, D, dropped steps; moved
-    loss_sum,  # float64 [1]: sum of the observed losses; [2] where their count follows it
+    loss_sum,  # float64 [1]: sum of the observed losses; [2] where their count follows it; of one loss any float [1]
     loss_count,  # how many they are, a float so that no value of it compiles a variant of its own; -1: see loss_sum
     found_inf,  # float32 [1]: the step is dropped unless it is 0
     grad_scale,  # float32 [1]: the gradients are multiplied by this
@@ -98,9 +98,10 @@ def prologue(
         tl.store(sync + index, tl.zeros([SYNC_PER_TURN], dtype=tl.int32) + flag, mask=index < sync_count)
 
     follows = tl.where(loss_count < 0, 1, 0) != 0
-    count = tl.where(follows, tl.load(loss_sum + 1, mask=follows, other=0.0), tl.where(loss_count > 0, loss_count, 0.0))
+    following = tl.load(loss_sum + 1, mask=follows, other=0.0).to(tl.float64)
+    count = tl.where(follows, following, tl.where(loss_count > 0, loss_count, 0.0))
     has_loss = (count > 0) & (drop_step == 0)
-    loss = tl.load(loss_sum) / tl.where(count > 0, count, 1.0)
+    loss = tl.load(loss_sum).to(tl.float64) / tl.where(count > 0, count, 1.0)
     ema, drop = _moved_loss_ema(tl.load(state + LOSS_EMA), tl.load(state + LOSS_DROP), loss, has_loss)
     t = tl.load(state + STEP)
     skipped = tl.load(state + SKIPPED_STEPS)

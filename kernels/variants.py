@@ -57,3 +57,4 @@ def codegen_variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
         yield f"grad_scan {dtype}", grad_scan, SCAN_SIGNATURE, {"GRAD_TYPE": dtype, "CHUNK": CHUNK}, NUM_WARPS
     yield "ratios_of_norms", ratios_of_norms, RATIOS_SIGNATURE, {"BLOCK": RATIOS_BLOCK}, 4
     yield "prologue", prologue, PROLOGUE_SIGNATURE, {}, 4
+    yield "prologue, loss in fp32", prologue, {**PROLOGUE_SIGNATURE, "loss_sum": "*fp32"}, {}, 4

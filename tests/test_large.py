@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_dals.buckets import CHUNK, Bucket, FusedTensors, WorkList, joined_dims
 from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
+from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.run_state import RunState, StepInputs
 from fused_dals.worklist import STAGE_A, STAGE_B, packed_work_list, stage_order
@@ -114,7 +115,7 @@ def run_chunks(p: Tensor, g: Tensor, h: Tensor, m: Tensor, chunks: list[int], st
     bucket = launch.bucket
     items = [layout.pack_item(0, chunk, stage) for stage in (STAGE_A, STAGE_B) for chunk in chunks]
     bucket.lists = [WorkList(torch.tensor(items), len(items))]
-    fused._launch_prologue(inputs, [group], 0)
+    fused._launch_prologue(inputs, [group], GroupsVersion(0, 0))
     bucket.arrivals[0] = -(-p.numel() // CHUNK) - len(chunks)
     bucket.partials.zero_()
     fused._launch_pass(launch, 0)

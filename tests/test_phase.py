@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS, DALSFast
-from tests.helpers import batch, mlp
+from fused_dals.loss_signal import LossSignal
+from tests.helpers import EVERY_PATH, batch, mlp
 
 
 def parameter(value: float = 1.0) -> list[tuple[str, Tensor]]:
@@ -119,6 +120,52 @@ def test_losses_before_one_step_are_averaged() -> None:
         optimizer.observe_loss(loss)
     optimizer.step()
     assert optimizer.state_dict()["param_groups"][0]["loss_ema"] == 3.0
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_a_step_reads_a_loss_of_any_dtype_as_the_number_that_it_is(dtype: torch.dtype, path: str) -> None:
+    """To the bit, wherever it is read; and whoever writes to it afterwards changes nothing."""
+    if path == "fused":
+        pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = []
+    for as_number in (False, True):
+        p = nn.Parameter(torch.ones(3, device=device))
+        p.grad = torch.ones_like(p)
+        optimizer = DALS([("p", p)], **EVERY_PATH[path])
+        for number in (3.3, 2.7, 1.1):
+            loss = torch.tensor(number, device=device).to(dtype)
+            optimizer.step(loss=loss.item() if as_number else loss)
+            loss.fill_(100)
+        values.append(optimizer._runtime.state.values.tolist())
+    assert values[0] == values[1] and values[0][0] == 3
+
+
+def test_a_loss_is_read_where_it_is_by_a_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only at once, only alone, only where the kernels that there are can read it."""
+
+    def is_read_in_place(loss: Tensor, *, now: bool = True, before: bool = False) -> bool:
+        signal = LossSignal()
+        if before:
+            signal.observe(1.0)
+        signal.observe(loss, now=now)
+        assert signal.pending is not None and float(signal.pending) == float(loss) + before
+        return signal.pending.data_ptr() == loss.data_ptr()
+
+    loss = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float32)
+    assert is_read_in_place(loss[0]) and is_read_in_place(loss[:1])
+    assert not is_read_in_place(loss[0], now=False)
+    assert not is_read_in_place(loss[0], before=True)
+    assert not is_read_in_place(loss[1]), "Triton would compile another kernel for it"
+    assert not is_read_in_place(torch.tensor(2))
+    assert not is_read_in_place(loss[0].as_subclass(Subclass))
+    monkeypatch.setattr("fused_dals.loss_signal.is_capturing", lambda device: True)
+    assert not is_read_in_place(loss[0])
+
+
+class Subclass(Tensor):
+    """A tensor that may be anything inside, as a DTensor is."""
 
 
 def test_an_observed_loss_keeps_no_graph_and_no_alias() -> None:

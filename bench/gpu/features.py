@@ -74,7 +74,8 @@ def compile_kernels(device: torch.device, name: str) -> None:
     optimizer = DALS([("w", p)], fused=True, **arguments)
     if optimizer._step_supports_amp_scaling:
         _hand_over(optimizer, torch.ones((), device=device), torch.zeros((), device=device))
-    optimizer.step(loss=1.0)
+    for loss in (1.0, torch.ones((), device=device)):
+        optimizer.step(loss=loss)
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -22,12 +22,13 @@ from bench.timing import Spread
 from fused_dals import DALS
 from fused_dals.host_walk import HOST_WALK
 
-#: Tensors and groups of the cases; the first and the largest give the cost per tensor, the second and third per group.
+#: Tensors and groups of the cases: the first beside the second and the last give the cost of one more tensor, the
+#: second and the third that of one more group.
 CASES = ((10, 1), (300, 1), (300, 300), (10_000, 1))
 ELEMENTS = 64
 
 #: How the optimizer looks for what changed: by host_walk.cpp, or without it.
-COMPILED, IN_PYTHON = "compiled", "in Python"
+COMPILED_WALK, IN_PYTHON = "compiled", "in Python"
 
 WARMUP_STEPS = 5
 
@@ -73,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     extras.require("tqdm")
     from tqdm import tqdm
 
-    walks = [COMPILED, IN_PYTHON]
+    walks = [COMPILED_WALK, IN_PYTHON]
     if HOST_WALK.want(wait=True) is None:
         print(f"no compiled walk: {HOST_WALK.why_not}")
-        walks.remove(COMPILED)
+        walks.remove(COMPILED_WALK)
     costs = []
     with without_launches():
         for tensors, groups in tqdm(CASES, unit="case"):
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def using(walk: str) -> Iterator[None]:
     """The compiled walk, where there is one, or none."""
     there = HOST_WALK.compiled
-    HOST_WALK.compiled = there if walk == COMPILED else None
+    HOST_WALK.compiled = there if walk == COMPILED_WALK else None
     try:
         yield
     finally:

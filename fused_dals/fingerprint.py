@@ -3,7 +3,7 @@
 In Python the lists are built by C loops over the tensors, 20 to 150 ns per tensor and attribute; nothing is hashed, and
 no tensor is compared by value. What is left out follows from the rest: a gradient has its parameter's shape, and a
 dense tensor of the same size in the same place needs no look at its strides. The compiled walk asks the same of plain
-tensors, where it is there: 0.07 us a parameter instead of 1.
+tensors, where it is there.
 """
 
 from __future__ import annotations

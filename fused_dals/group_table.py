@@ -28,7 +28,8 @@ class GroupTable:
         self.device = device
         self._version: GroupsVersion | None = None
         self._cells: dict[int, Tensor] = {}  # copies of learning rates that the kernel cannot read where they are
-        self._rows: list[tuple[float, ...]] = []
+        self._lrs: list[float] = []
+        self._rows: list[tuple[float, ...]] = []  # without the learning rates
         self._addresses: list[int] = []
 
     def refresh(self, groups: Sequence[Mapping[str, Any]], version: GroupsVersion) -> None:
@@ -41,14 +42,12 @@ class GroupTable:
         addresses = [self._lr_address(index, group["lr"]) for index, group in enumerate(groups)]
         if version == self._version and addresses == self._addresses:
             return
-        known = self._version is not None and version.numbers == self._version.numbers
-        if (
-            known and not any(addresses) and not any(self._addresses)
-        ):  # numbers alone are new: learning rates come first
-            rows = [(float(group["lr"]), *row[1:]) for group, row in zip(groups, self._rows, strict=True)]
-        else:
+        lrs = [0.0 if address else float(group["lr"]) for group, address in zip(groups, addresses, strict=True)]
+        rows = self._rows
+        only_lrs = self._version is not None and version.numbers == self._version.numbers
+        if not only_lrs or any(addresses) or any(self._addresses):
             rows = [self._row(group, address) for group, address in zip(groups, addresses, strict=True)]
-        if is_capturing(self.device) and (rows != self._rows or addresses != self._addresses):
+        if is_capturing(self.device) and (lrs, rows, addresses) != (self._lrs, self._rows, self._addresses):
             raise RuntimeError(
                 "this step is being captured into a graph, and hyperparameters changed since the last one: take one "
                 "more step, or call refresh_hyperparameters(), before capture"
@@ -59,10 +58,13 @@ class GroupTable:
             self.rows = torch.empty(count, len(layout.GROUP_COLUMNS), dtype=torch.float64, device=self.device)
             self.addresses = torch.empty(count, dtype=torch.int64, device=self.device)
             self.scalars = torch.empty(count, len(layout.SCALAR_COLUMNS), dtype=torch.float32, device=self.device)
-            self._rows, self._addresses = [], []
+            self._lrs, self._rows, self._addresses = [], [], []
         if rows != self._rows:
-            self.rows.copy_(table_on(self.device, torch.tensor(rows, dtype=torch.float64, device="cpu")))
-            self._rows = rows
+            self._rows_on_host = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        if rows != self._rows or lrs != self._lrs:
+            column = torch.tensor(lrs, dtype=torch.float64, device="cpu").unsqueeze(1)
+            self.rows.copy_(table_on(self.device, torch.cat([column, self._rows_on_host], dim=1)))
+            self._lrs, self._rows = lrs, rows
         if addresses != self._addresses:
             self.addresses.copy_(table_on(self.device, torch.tensor(addresses, dtype=torch.int64, device="cpu")))
             self._addresses = addresses
@@ -70,11 +72,10 @@ class GroupTable:
     def _row(self, group: Mapping[str, Any], lr_address: int) -> tuple[float, ...]:
         lr, source = group["lr"], 0
         if lr_address:
-            source, lr = (1 if lr.dtype == torch.float32 and lr.device == self.device else 2), 0.0
+            source = 1 if lr.dtype == torch.float32 and lr.device == self.device else 2
         total_steps = group["total_steps"] or 0
         max_grad_norm = group["max_grad_norm"]
         return (
-            float(lr),
             float(source),
             group["momentum"],
             group["weight_decay"],

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS, DALSAcc, DALSFast
+from fused_dals.host_walk import HOST_WALK
 from tests.oracle import Oracle, oracle_depths, oracle_group
+
+needs_walk = pytest.mark.skipif(HOST_WALK.compiled is None, reason=f"no compiled walk: {HOST_WALK.why_not}")
 
 PRESETS: dict[str, type[DALS]] = {"dals": DALS, "dals_fast": DALSFast, "dals_acc": DALSAcc}
 PATHS = {"reference": False, "foreach": True}

@@ -1,0 +1,102 @@
+"""Hyperparameters are checked when they changed, and only then, with the compiled walk and without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fused_dals import DALS
+from fused_dals.live_groups import LiveGroups
+
+pytest.importorskip("triton")
+
+
+def test_groups_are_checked_once_and_what_changes_is_noticed(either_walk: str, seed: int) -> None:
+    params = [(f"p{i}", nn.Parameter(torch.ones(2))) for i in range(3)]
+    optimizer = DALS([{"params": params[:2]}, {"params": params[2:], "lr": torch.tensor(0.1)}], depth=0.5)
+    groups, live = optimizer.param_groups, LiveGroups()
+
+    def moved() -> tuple[int, int, int]:
+        before = live.plans, live.tables, live.lrs
+        live.check(groups)
+        return live.plans - before[0], live.tables - before[1], live.lrs - before[2]
+
+    live.check(groups)
+    assert moved() == moved() == (0, 0, 0)
+    groups[0]["lr"] = 0.02
+    assert moved() == (0, 0, 1) and moved() == (0, 0, 0)
+    groups[1]["lr"].fill_(0.3)
+    assert moved() == (0, 0, 1) and moved() == (0, 0, 0)
+    groups[0]["momentum"] = 0.5
+    assert moved() == (0, 1, 0) and moved() == (0, 0, 0)
+    groups[0]["depth"] = 0.7
+    assert moved() == (1, 1, 0)
+    groups[0]["mine"] = object()
+    assert moved() == moved() == (0, 0, 0)
+    groups[0]["param_names"][0] = "q0"
+    assert moved() == (1, 1, 0) and moved() == (0, 0, 0)
+    groups[0]["param_names"] = ["".join(["q", "0"]), "p1"]  # equal names, other objects
+    assert moved() == moved() == (0, 0, 0)
+    groups[0]["trust_clip"] = [0.1, 5.0]  # may change in place: looked at in every step
+    assert moved() == (0, 1, 0)
+    groups[0]["trust_clip"][0] = 7.0
+    with pytest.raises(ValueError, match="group 0: trust_clip"):
+        live.check(groups)
+    groups[0]["trust_clip"] = (0.2, 5.0)
+    assert moved()[1] == 1
+    for wrong in (-1.0, float("nan"), "0.1"):
+        groups[0]["lr"] = wrong
+        for _ in range(2):
+            with pytest.raises((TypeError, ValueError), match="group 0: lr must be"):
+                live.check(groups)
+    groups[0]["lr"] = 0.1
+    del groups[1]["momentum"]
+    with pytest.raises(ValueError, match="group 1: momentum is missing"):
+        live.check(groups)
+
+
+def test_groups_in_a_tuple_step_as_those_in_a_list(either_walk: str, seed: int) -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones_like(p)
+    optimizer = DALS([("p", p)])
+    optimizer.param_groups = tuple(optimizer.param_groups)  # type: ignore[assignment]
+    for _ in range(3):
+        optimizer.step(loss=1.0)
+    assert optimizer._runtime.state.numbers()["step"] == 3
+
+
+def test_keys_that_change_places_are_noticed(either_walk: str, seed: int) -> None:
+    """The same values in the same order, of other keys."""
+    optimizer, live = DALS([("p", nn.Parameter(torch.ones(2)))], skip_nonfinite=True), LiveGroups()
+    live.check(optimizer.param_groups)
+    exchanged = {"maximize": "skip_nonfinite", "skip_nonfinite": "maximize"}
+    (group,) = optimizer.param_groups
+    optimizer.param_groups[0] = {exchanged.get(key, key): value for key, value in group.items()}
+    assert live.skips
+    live.check(optimizer.param_groups)
+    assert not live.skips
+
+
+def test_what_one_group_turns_on_survives_an_error_in_another(either_walk: str, seed: int) -> None:
+    """The step that is refused has looked at the first group already."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    groups = [{"params": [(f"p{i}", p)]} for i, p in enumerate(params)]
+    optimizer = DALS(groups, depth=0.5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step(loss=1.0)
+    first, second = optimizer.param_groups
+    for lr in (second["lr"], 0.01):  # as before, or new again
+        first["max_grad_norm"], first["skip_nonfinite"], second["lr"] = 1.0, True, -1.0
+        with pytest.raises(ValueError, match="group 1: lr"):
+            optimizer.step(loss=1.0)
+        second["lr"] = lr
+        before, skipped = [p.detach().clone() for p in params], optimizer.skipped_steps
+        params[0].grad = torch.full((2,), float("inf"))
+        optimizer.step(loss=1.0)
+        assert optimizer.skipped_steps == skipped + 1
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+        params[0].grad = torch.ones(2)
+        first["max_grad_norm"], first["skip_nonfinite"] = None, False
+        optimizer.step(loss=1.0)

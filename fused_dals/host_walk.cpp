@@ -245,15 +245,16 @@ int64_t version_of([[maybe_unused]] PyObject* dict) {
 }
 #pragma GCC diagnostic pop
 
-// Whether a dict has these very keys and values, in this order.
+// Whether a dict has these very keys and values, in this order; the value of "lr" is not looked at.
 bool same_entries(PyObject* group, PyObject* keys, PyObject* values) {
   if (PyDict_GET_SIZE(group) != PyTuple_GET_SIZE(values) || PyTuple_GET_SIZE(keys) != PyTuple_GET_SIZE(values)) {
     return false;
   }
+  static PyObject* const lr = PyUnicode_InternFromString("lr");
   PyObject *key, *value;
   Py_ssize_t at = 0;
   for (Py_ssize_t i = 0; PyDict_Next(group, &at, &key, &value); i++)
-    if (key != PyTuple_GET_ITEM(keys, i) || value != PyTuple_GET_ITEM(values, i)) return false;
+    if (key != PyTuple_GET_ITEM(keys, i) || (value != PyTuple_GET_ITEM(values, i) && key != lr)) return false;
   return true;
 }
 
@@ -265,30 +266,33 @@ bool same_names(PyObject* group, PyObject* names) {
   return now != nullptr && PyTuple_Check(names) && same_items(now, names);
 }
 
-// same_groups(groups, known, versions): whether each group is what known[i] = (keys, values, names) says. `versions`, a
-// bytearray of 8 bytes a group, zeros at first, keeps the versions of the dicts that were found to be.
+// same_groups(groups, known, versions): whether each group is what known[i] = (keys, values, names) says. 0: no; 1: yes,
+// but for "lr" perhaps; 2: no dict was written to since the last call. `versions`, a bytearray of 8 bytes a group, zeros
+// at first, keeps the versions of the dicts in between.
 PyObject* same_groups(PyObject* const* arguments) {
   PyObject *groups = arguments[0], *known = arguments[1], *versions = arguments[2];
   TORCH_CHECK(PyList_Check(known), "known must be a list");
   const Py_ssize_t count = PyList_GET_SIZE(known);
   TORCH_CHECK(PyByteArray_Check(versions) && PyByteArray_GET_SIZE(versions) == count * Py_ssize_t(sizeof(int64_t)),
               "versions must be a bytearray of 8 bytes a group");
-  if (!PyList_Check(groups) || PyList_GET_SIZE(groups) != count) Py_RETURN_FALSE;
+  if (!PyList_Check(groups) || PyList_GET_SIZE(groups) != count) return PyLong_FromLong(0);
   auto* seen = reinterpret_cast<int64_t*>(PyByteArray_AS_STRING(versions));
+  bool untouched = true;
   for (Py_ssize_t i = 0; i < count; i++) {
     PyObject *group = PyList_GET_ITEM(groups, i), *expected = PyList_GET_ITEM(known, i);
     TORCH_CHECK(PyTuple_Check(expected) && PyTuple_GET_SIZE(expected) == 3, "known must hold (keys, values, names)");
     PyObject *keys = PyTuple_GET_ITEM(expected, 0), *values = PyTuple_GET_ITEM(expected, 1);
     TORCH_CHECK(PyTuple_Check(keys) && PyTuple_Check(values), "keys and values must be tuples");
-    if (!PyDict_Check(group)) Py_RETURN_FALSE;
+    if (!PyDict_Check(group)) return PyLong_FromLong(0);
     const int64_t version = version_of(group);
     if (version == 0 || version != seen[i]) {
-      if (!same_entries(group, keys, values)) Py_RETURN_FALSE;
+      if (!same_entries(group, keys, values)) return PyLong_FromLong(0);
       seen[i] = version;
+      untouched = false;
     }
-    if (!same_names(group, PyTuple_GET_ITEM(expected, 2))) Py_RETURN_FALSE;
+    if (!same_names(group, PyTuple_GET_ITEM(expected, 2))) return PyLong_FromLong(0);
   }
-  Py_RETURN_TRUE;
+  return PyLong_FromLong(untouched ? 2 : 1);
 }
 
 // increment_version(tensors): as torch.autograd.graph.increment_version, of a list.

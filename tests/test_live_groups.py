@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fused_dals import DALS
+from fused_dals.group_table import GroupTable
 from fused_dals.live_groups import LiveGroups
 
 pytest.importorskip("triton")
@@ -100,3 +105,57 @@ def test_what_one_group_turns_on_survives_an_error_in_another(either_walk: str, 
         params[0].grad = torch.ones(2)
         first["max_grad_norm"], first["skip_nonfinite"] = None, False
         optimizer.step(loss=1.0)
+
+
+#: Values that groups are given at random; the last of each is not sound.
+SOUND: dict[str, list[Any]] = {
+    "lr": [0.1, 0.2, 1, np.float64(0.1), torch.tensor(0.3), torch.tensor(0.4, dtype=torch.float64), -1.0],
+    "max_grad_norm": [None, 1.0, 2.0, -1.0],
+    "skip_nonfinite": [False, True, 1],
+    "momentum": [0.9, 0.5, 1.0],
+    "trust_clip": [(0.2, 5.0), (0.1, 5.0), [0.1, 4.0], (5.0, 0.2)],
+    "depth": [0.5, 0.25, 2.0],
+}
+
+
+def change_at_random(chance: random.Random, group: dict[str, Any]) -> None:
+    key = chance.choice(list(SOUND))
+    if key == "lr" and isinstance(group["lr"], torch.Tensor) and chance.random() < 0.5:
+        group["lr"].fill_(chance.choice([0.5, 0.6]))
+    elif key == "trust_clip" and isinstance(group["trust_clip"], list) and chance.random() < 0.5:
+        group["trust_clip"][1] = chance.choice([4.0, 6.0])
+    else:
+        group[key] = chance.choice(SOUND[key][: None if chance.random() < 0.2 else -1])
+
+
+def test_whatever_changes_tables_and_flags_follow(either_walk: str, seed: int) -> None:
+    """Hundreds of changes, sound ones and others; errors, and what comes after them."""
+    chance = random.Random(seed)
+    refused = 0
+    for _ in range(40):
+        params = [(f"p{i}", nn.Parameter(torch.ones(2))) for i in range(3)]
+        groups = DALS([{"params": [named]} for named in params], depth=0.5).param_groups
+        live, table = LiveGroups(), GroupTable(torch.device("cpu"))
+        for _ in range(25):
+            for _ in range(chance.randrange(3)):
+                change_at_random(chance, chance.choice(groups))
+            unsound = [(g, key) for g in groups for key, values in SOUND.items() if is_last(g.get(key), values)]
+            if unsound:
+                with pytest.raises((TypeError, ValueError)):
+                    live.check(groups)
+                refused += 1
+                for group, key in unsound[:: chance.choice([1, 2])]:
+                    group[key] = SOUND[key][0]
+                continue
+            live.check(groups)
+            table.refresh(groups, live.version)
+            fresh = GroupTable(torch.device("cpu"))
+            fresh.refresh(groups, live.version)
+            assert torch.equal(table.rows, fresh.rows) and torch.equal(table.addresses, fresh.addresses)
+            assert live.clips == any(group["max_grad_norm"] is not None for group in groups)
+            assert live.skips == any(group["skip_nonfinite"] for group in groups)
+    assert refused > 20
+
+
+def is_last(value: Any, values: list[Any]) -> bool:
+    return type(value) is type(values[-1]) and not isinstance(value, torch.Tensor) and bool(value == values[-1])

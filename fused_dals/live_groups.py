@@ -144,10 +144,9 @@ class _Settled:
 
 def _same(group: Mapping[str, Any], seen: _Seen) -> bool:
     """Whether nothing but the learning rate is new."""
-    if tuple(group) != seen.keys:
+    if tuple(group) != seen.keys or group["lr"] is None:
         return False
-    values, at = tuple(group.values()), seen.keys.index("lr")
-    if not all(map(is_, values[:at], seen.values[:at])) or not all(map(is_, values[at + 1 :], seen.values[at + 1 :])):
+    if sum(map(is_, group.values(), seen.values)) != len(seen.values) - 1:  # all but lr, in whose place there is None
         return False
     names = group.get("param_names")
     return names is None or _frozen(names) == seen.names  # they may have changed in place

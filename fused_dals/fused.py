@@ -86,9 +86,8 @@ class Launch:
     owners: list[Tensor]  # the parameters as the groups hold them
     members: list[TrustRatios]  # by group, views of what the launch leaves on the device and the next writes anew
     baked: BakedTable | None = None  # the gradients' addresses in the graph that is being captured, or was last
-    again: dict[tuple[int, bool], Again] = field(
-        default_factory=dict
-    )  # by work list and whether gradients are unscaled
+    #: By work list, and whether gradients are unscaled.
+    again: dict[tuple[int, bool], Again] = field(default_factory=dict)
 
 
 class FusedPass:

@@ -93,12 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def using(walk: str) -> Iterator[None]:
     """The compiled walk, where there is one, or none."""
-    there = HOST_WALK.compiled
-    HOST_WALK.compiled = there if walk == COMPILED_WALK else None
+    there = HOST_WALK.compiled, HOST_WALK.why_not
+    if walk == IN_PYTHON:
+        HOST_WALK.compiled, HOST_WALK.why_not = None, "left out"  # or a step on a GPU would fetch it again
     try:
         yield
     finally:
-        HOST_WALK.compiled = there
+        HOST_WALK.compiled, HOST_WALK.why_not = there
 
 
 class _NoLaunch:

@@ -52,7 +52,6 @@ class GroupTable:
                 "this step is being captured into a graph, and hyperparameters changed since the last one: take one "
                 "more step, or call refresh_hyperparameters(), before capture"
             )
-        self._version = version
         if len(rows) != len(self._rows):
             count = len(rows)
             self.rows = torch.empty(count, len(layout.GROUP_COLUMNS), dtype=torch.float64, device=self.device)
@@ -68,6 +67,7 @@ class GroupTable:
         if addresses != self._addresses:
             self.addresses.copy_(table_on(self.device, torch.tensor(addresses, dtype=torch.int64, device="cpu")))
             self._addresses = addresses
+        self._version = version
 
     def _row(self, group: Mapping[str, Any], lr_address: int) -> tuple[float, ...]:
         lr, source = group["lr"], 0

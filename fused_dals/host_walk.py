@@ -52,20 +52,20 @@ class Build:
         self._pid = os.getpid()
         path = self._cache.get_file(self._name)
         if path is not None:
-            with suppress(ImportError):
+            with suppress(ImportError):  # cut off, or of a machine with other libraries: another takes its place
                 self._module = _load(path)
                 return
-            os.unlink(path)  # cut off, or of a machine with other libraries
         self._start()
 
     def _start(self) -> None:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
             raise BuildError("there is no C++ compiler: install g++ or clang++, or name one in CXX")
+        command = [*shlex.split(compiler), *FLAGS, *_paths(), str(SOURCE)]
         # No TemporaryDirectory: a forked copy of this process would remove it when it ends.
         self._folder = Path(tempfile.mkdtemp(prefix="fused_dals_"))
         self._output, self._log = self._folder / self._name, self._folder / "log"
-        command = [*shlex.split(compiler), *FLAGS, *_paths(), str(SOURCE), "-o", str(self._output), *LIBRARIES]
+        command += ["-o", str(self._output), *LIBRARIES]
         try:
             with self._log.open("wb") as log:
                 # A session of its own: the compiler is several processes, and an interrupt is not meant for them.
@@ -80,20 +80,23 @@ class Build:
     def _stop(self) -> None:
         """At the end of the process."""
         if os.getpid() == self._pid and self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
-            self._process.wait()
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(self._process.pid, number)
+                    self._process.wait(timeout=5)
             self._remove_folder()
 
     def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def finish(self, *, wait: bool) -> Any | None:
-        """The module; None where the compiler still runs and is not to be waited for, or is another process's."""
-        if self._process is not None and os.getpid() == self._pid:
+        """The module; None where the compiler still runs and is not to be waited for."""
+        if self._process is not None:
             if (self._process.wait() if wait else self._process.poll()) is None:
                 return None
             self._keep(self._process.returncode)
+        if self._module is None:
+            raise BuildError("the build was interrupted")
         return self._module
 
     def _keep(self, returncode: int) -> None:
@@ -156,14 +159,15 @@ class HostWalk:
 
         Raises nothing: a step has done its work when it asks.
         """
-        if self.compiled is None and not self.why_not:
-            with self._lock:
-                try:
-                    self._go_on(wait)
-                except Exception as error:  # a full disk, a file that is not there, somebody's own cache
-                    self.why_not = str(error) or repr(error)
+        if self.compiled is None and not self.why_not and self._lock.acquire(blocking=wait):
+            try:
+                self._go_on(wait)
+            except Exception as error:  # a full disk, a file that is not there, somebody's own cache
+                self.why_not = str(error) or repr(error)
+            finally:
                 if self.compiled is not None or self.why_not:
                     self._build = None
+                self._lock.release()
         return self.compiled
 
     def _go_on(self, wait: bool) -> None:
@@ -175,6 +179,10 @@ class HostWalk:
             self._build = self._build or Build()
             self.compiled = self._build.finish(wait=wait)
 
+    def forget_build(self) -> None:
+        """In a forked copy of this process: the compiler is the other's, and so is who held the lock."""
+        self._build, self._lock = None, threading.Lock()
+
     def came(self) -> bool:
         """Whether the module is there, perhaps since a moment ago; begins nothing."""
         if self._build is not None:
@@ -184,6 +192,8 @@ class HostWalk:
 
 #: What all optimizers of this process use.
 HOST_WALK = HostWalk()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=HOST_WALK.forget_build)
 
 
 def increment_version(tensors: list[Tensor]) -> None:

@@ -16,6 +16,9 @@ from fused_dals.hyperparameters import PLAN_KEYS, TABLE_KEYS, check_hyperparamet
 _plan_values, _table_values = itemgetter(*PLAN_KEYS), itemgetter(*TABLE_KEYS)
 
 
+#: In the place of a learning rate that is still to be found sound; None would be one that somebody wrote.
+_UNSOUND = object()
+
 #: What the compiled walk says of the groups: something but a learning rate changed, perhaps a learning rate, nothing.
 CHANGED, SAME_BUT_LR, UNTOUCHED = range(3)
 
@@ -52,9 +55,10 @@ class LiveGroups:
     plans: int = 0
     tables: int = 0
     lrs: int = 0
-    #: Whether any group clips, and whether any drops non-finite steps; as of ``tables``.
+    #: Whether any group clips, drops non-finite steps, or may be captured into a graph; as of ``tables``.
     clips: bool = False
     skips: bool = False
+    capturable: bool = False
     _flags_of: int = 0
     _lrs: list[Any] = field(default_factory=list)  # as they were last found sound
     _lrs_are_sound: bool = False  # all of them
@@ -72,9 +76,10 @@ class LiveGroups:
         """Raise TypeError or ValueError where a group changed and is not sound; else remember it."""
         if len(groups) != len(self.seen):
             self.seen = [_Seen() for _ in groups]
-            self._lrs, self._on_host, self._lrs_are_sound = [None] * len(groups), {}, False
+            self._lrs, self._on_host, self._lrs_are_sound = [_UNSOUND] * len(groups), {}, False
         same = CHANGED if self._settled is None else self._settled.look_at(groups)
         if same == CHANGED:
+            self._settled = None  # it has taken note of dicts that nobody may come to look at, where one is not sound
             for index, (group, seen) in enumerate(zip(groups, self.seen, strict=True)):
                 if not _same(group, seen):
                     self._check(group, index)
@@ -84,6 +89,7 @@ class LiveGroups:
         if self._flags_of != self.tables:  # also of a call before that found a later group unsound
             self.clips = any(group["max_grad_norm"] is not None for group in groups)
             self.skips = any(group["skip_nonfinite"] for group in groups)
+            self.capturable = any(group["capturable"] for group in groups)
             self._flags_of = self.tables
 
     def _check(self, group: Mapping[str, Any], index: int) -> None:
@@ -117,7 +123,7 @@ class LiveGroups:
         for index, lr in enumerate(lrs):
             if lr is self._lrs[index] and self._on_host.get(index) == _number_on_host(lr):
                 continue
-            self._lrs[index] = None
+            self._lrs[index] = _UNSOUND
             check_lr(groups[index], f"group {index}")
             self._lrs[index], number = lr, _number_on_host(lr)
             if number is None:

@@ -77,16 +77,17 @@ class LossSignal:
         # A copy is not what watch_loss watches for: it says so once, if nobody hands it losses.
         return {**self.__dict__, "observed": False, "_flight": None}
 
-    def observe(self, loss: Tensor | float, *, now: bool = False) -> None:
-        """Add one loss to those of the coming step; ``now``: the step is under way, and nobody writes to it before.
+    def observe(self, loss: Tensor | float, *, read_on: torch.device | None = None) -> None:
+        """Add one loss to those of the coming step.
 
         It is copied, because it may be written in place afterwards, and detached, because its graph must not be kept.
-        A copy on a GPU is a launch more, so a step that takes this loss alone reads it where it is, if it can: not from
-        a graph, whose replays would need the kernel for this dtype compiled before capture.
+        A copy on a GPU is a launch more: with ``read_on``, a lone loss on that device is read where it is. That is for
+        a step that is under way, whose kernels are the next to run there, and not for one that may be captured: all its
+        steps are to need the same kernels, compiled before capture.
         """
         value = _as_scalar(loss)
-        alone = now and self.pending is None and not self.average.active()
-        if not (alone and _is_readable(value)):
+        alone = self.pending is None and not self.average.active()
+        if not (alone and value.device == read_on and _is_readable(value)):
             value = value.to(host.widest(value.device), copy=True)
         if self.pending is None:
             self.pending = value
@@ -177,9 +178,9 @@ def watch(module: nn.Module, signal: LossSignal) -> RemovableHandle:
 
 
 def _is_readable(scalar: Tensor) -> bool:
-    """Whether a step may read this loss where it is; kernels ask for memory that is aligned as all memory of torch."""
-    plain = type(scalar) is Tensor and scalar.dtype in _READABLE
-    return plain and scalar.data_ptr() % ALIGNMENT == 0 and not is_capturing(scalar.device)
+    """Whether the kernels may read this loss where it is; they ask for the alignment that all memory of torch has."""
+    plain = type(scalar) is Tensor and not scalar.is_neg() and not scalar._is_zerotensor()
+    return plain and scalar.dtype in _READABLE and scalar.data_ptr() % ALIGNMENT == 0
 
 
 def _as_scalar(loss: Tensor | float) -> Tensor:

@@ -67,8 +67,9 @@ class Stepper:
         if capturing:
             self._check_plan_capturable(fused, others)
             runtime.captured = Captured(runtime.live_groups.clips, runtime.live_groups.skips, by_kernels=not others)
+        read_on = steady.fused.device if steady and not runtime.live_groups.capturable else None
         for loss in losses:
-            runtime.loss.observe(loss, now=True)
+            runtime.loss.observe(loss, read_on=read_on)
         if steady:
             self._run([steady.fused], [], home, found_inf, grad_scale)
             return

@@ -111,6 +111,11 @@ def test_a_result_that_is_no_module_is_no_walk(fresh: pytest.MonkeyPatch, tmp_pa
 
 
 def test_a_compiler_may_have_arguments(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folders = tmp_path / "temporary"
+    folders.mkdir()
+    fresh.setattr("tempfile.tempdir", str(folders))
+    fresh.setenv("CXX", "g++ '")
+    assert HostWalk().want(wait=True) is None and list(folders.iterdir()) == []
     fresh.setenv("CXX", compiler(tmp_path, 'echo "error: called with $1" >&2', "exit 1") + " g++")
     walk = HostWalk()
     assert walk.want(wait=True) is None and "called with g++" in walk.why_not
@@ -118,6 +123,7 @@ def test_a_compiler_may_have_arguments(fresh: pytest.MonkeyPatch, tmp_path: Path
 
 def test_nothing_that_fails_is_raised(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A step asks when its work is done."""
+    fresh.setenv("CXX", "c++")
     for name, value in (("SOURCE", tmp_path / "nowhere.cpp"), ("FLAGS", (3,))):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(host_walk, name, value)
@@ -181,16 +187,17 @@ def test_a_process_that_ends_takes_the_compiler_with_it(fresh: pytest.MonkeyPatc
     folders = tmp_path / "temporary"
     folders.mkdir()
     fresh.setenv("TMPDIR", str(folders))
-    fresh.setenv("CXX", compiler(tmp_path, f"sleep 60 & echo $! > {tmp_path / 'pid'}", "wait"))
+    new, pid = tmp_path / "new", tmp_path / "pid"
+    fresh.setenv("CXX", compiler(tmp_path, f"sleep 60 & echo $! > {new}", f"mv {new} {pid}", "wait"))
     program = f"""if True:
         import pathlib, time
         from fused_dals.host_walk import HOST_WALK
         HOST_WALK.want()
-        while not pathlib.Path({str(tmp_path / "pid")!r}).exists() and not HOST_WALK.why_not:
+        while not pathlib.Path({str(pid)!r}).exists() and not HOST_WALK.why_not:
             time.sleep(0.01)
     """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True)
-    part = int((tmp_path / "pid").read_text())  # of the compiler, as g++ has them
+    part = int(pid.read_text())  # of the compiler, as g++ has them
     deadline = time.monotonic() + 30
     while is_running(part):
         assert time.monotonic() < deadline, "still there"

@@ -59,7 +59,7 @@ class Watch:
             real(passing, launch, which)
             assert self.kernel.launches == before + 1
             self.again += bool(known) and launch.again == known
-            assert self.kernel.arguments == expected(passing, launch, which)
+            assert self.kernel.arguments == expected(passing, launch, which), "not the tables of eager steps"
             assert self.kernel.programs == passing._programs()
             owners = launch.owners
             assert launch.bucket.grads.tolist() == [p.grad.data_ptr() for p in owners if p.grad is not None]
@@ -183,7 +183,7 @@ def test_a_step_that_is_captured_is_launched_from_scratch(
         patch.setattr("fused_dals.fused.is_capturing", lambda device: True)
         patch.setattr(passing, "_grads_of", lambda launch: own_table)
         known = dict(launch.again)
-        with pytest.raises(AssertionError):  # the watch expects the table of eager steps
+        with pytest.raises(AssertionError, match="not the tables of eager steps"):
             passing._launch_pass(launch, 0)
         assert watch.kernel.arguments[1] == own_table.data_ptr() and launch.again == known
     optimizer.step(loss=1.0)

@@ -50,7 +50,7 @@ def test_groups_are_checked_once_and_what_changes_is_noticed(either_walk: str, s
         live.check(groups)
     groups[0]["trust_clip"] = (0.2, 5.0)
     assert moved()[1] == 1
-    for wrong in (-1.0, float("nan"), "0.1"):
+    for wrong in (-1.0, float("nan"), "0.1", None):
         groups[0]["lr"] = wrong
         for _ in range(2):
             with pytest.raises((TypeError, ValueError), match="group 0: lr must be"):
@@ -116,11 +116,14 @@ SOUND: dict[str, list[Any]] = {
     "trust_clip": [(0.2, 5.0), (0.1, 5.0), [0.1, 4.0], (5.0, 0.2)],
     "depth": [0.5, 0.25, 2.0],
 }
+NO_NAME = 3
 
 
 def change_at_random(chance: random.Random, group: dict[str, Any]) -> None:
-    key = chance.choice(list(SOUND))
-    if key == "lr" and isinstance(group["lr"], torch.Tensor) and chance.random() < 0.5:
+    key = chance.choice([*SOUND, "param_names"])
+    if key == "param_names":
+        group["param_names"][0] = chance.choice(["a", "b", NO_NAME])
+    elif key == "lr" and isinstance(group["lr"], torch.Tensor) and chance.random() < 0.5:
         group["lr"].fill_(chance.choice([0.5, 0.6]))
     elif key == "trust_clip" and isinstance(group["trust_clip"], list) and chance.random() < 0.5:
         group["trust_clip"][1] = chance.choice([4.0, 6.0])
@@ -140,12 +143,15 @@ def test_whatever_changes_tables_and_flags_follow(either_walk: str, seed: int) -
             for _ in range(chance.randrange(3)):
                 change_at_random(chance, chance.choice(groups))
             unsound = [(g, key) for g in groups for key, values in SOUND.items() if is_last(g.get(key), values)]
-            if unsound:
+            nameless = [group for group in groups if group["param_names"] == [NO_NAME]]
+            if unsound or nameless:
                 with pytest.raises((TypeError, ValueError)):
                     live.check(groups)
                 refused += 1
                 for group, key in unsound[:: chance.choice([1, 2])]:
                     group[key] = SOUND[key][0]
+                for group in nameless:  # in place, so that the dict tells nobody
+                    group["param_names"][0] = "a"
                 continue
             live.check(groups)
             table.refresh(groups, live.version)
@@ -159,3 +165,40 @@ def test_whatever_changes_tables_and_flags_follow(either_walk: str, seed: int) -
 
 def is_last(value: Any, values: list[Any]) -> bool:
     return type(value) is type(values[-1]) and not isinstance(value, torch.Tensor) and bool(value == values[-1])
+
+
+def test_an_error_in_another_group_hides_no_learning_rate(either_walk: str, seed: int) -> None:
+    """Even where it is mended in place, without a write to any dict."""
+    params = [(f"p{i}", nn.Parameter(torch.ones(2))) for i in range(2)]
+    groups = DALS([{"params": [named]} for named in params], depth=0.5).param_groups
+    live = LiveGroups()
+    for _ in range(3):
+        live.check(groups)
+    before, names = live.lrs, groups[1]["param_names"]
+    groups[0]["lr"], name, names[0] = 10.0, names[0], NO_NAME
+    with pytest.raises(TypeError, match="group 1: param_names"):
+        live.check(groups)
+    names[0] = name
+    live.check(groups)
+    assert live.lrs == before + 1
+
+
+def test_a_table_that_could_not_be_written_is_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = DALS([("p", nn.Parameter(torch.ones(2)))], lr=0.03).param_groups
+    live, table = LiveGroups(), GroupTable(torch.device("cpu"))
+
+    def refresh() -> float:
+        live.check(groups)
+        table.refresh(groups, live.version)
+        return float(table.rows[0, 0])
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    assert refresh() == 0.03
+    groups[0]["lr"] = 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_dals.group_table.table_on", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            refresh()
+    assert refresh() == 0.5

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS, DALSFast
+from fused_dals.fused import FusedPass
 from fused_dals.loss_signal import LossSignal
+from fused_dals.run_state import StepInputs
 from tests.helpers import EVERY_PATH, batch, mlp
 
 
@@ -142,26 +144,49 @@ def test_a_step_reads_a_loss_of_any_dtype_as_the_number_that_it_is(dtype: torch.
     assert values[0] == values[1] and values[0][0] == 3
 
 
-def test_a_loss_is_read_where_it_is_by_a_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only at once, only alone, only where the kernels that there are can read it."""
+def test_a_loss_is_read_where_it_is_if_it_is_alone_and_can_be() -> None:
+    cpu = torch.device("cpu")
 
-    def is_read_in_place(loss: Tensor, *, now: bool = True, before: bool = False) -> bool:
+    def is_read_in_place(loss: Tensor, *, read_on: torch.device | None = cpu, before: bool = False) -> bool:
         signal = LossSignal()
         if before:
             signal.observe(1.0)
-        signal.observe(loss, now=now)
+        signal.observe(loss, read_on=read_on)
         assert signal.pending is not None and float(signal.pending) == float(loss) + before
         return signal.pending.data_ptr() == loss.data_ptr()
 
     loss = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float32)
     assert is_read_in_place(loss[0]) and is_read_in_place(loss[:1])
-    assert not is_read_in_place(loss[0], now=False)
+    assert not is_read_in_place(loss[0], read_on=None)
+    assert not is_read_in_place(loss[0], read_on=torch.device("cuda", 0)), "a copy there would be made behind our back"
     assert not is_read_in_place(loss[0], before=True)
     assert not is_read_in_place(loss[1]), "Triton would compile another kernel for it"
     assert not is_read_in_place(torch.tensor(2))
     assert not is_read_in_place(loss[0].as_subclass(Subclass))
-    monkeypatch.setattr("fused_dals.loss_signal.is_capturing", lambda device: True)
-    assert not is_read_in_place(loss[0])
+    assert not is_read_in_place(torch._neg_view(loss[0]))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steps_that_may_be_captured_need_one_kernel(capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prologue is compiled for the dtype of the loss, which cannot be done while a graph is being captured."""
+    pytest.importorskip("triton")
+    dtypes: list[torch.dtype] = []
+    real = FusedPass._launch_prologue
+
+    def launch_and_note(passing: FusedPass, inputs: StepInputs, *rest: Any) -> None:
+        assert inputs.loss.total is not None
+        dtypes.append(inputs.loss.total.dtype)
+        real(passing, inputs, *rest)
+
+    monkeypatch.setattr(FusedPass, "_launch_prologue", launch_and_note)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p = nn.Parameter(torch.ones(3, device=device))
+    p.grad = torch.ones_like(p)
+    optimizer = DALS([("p", p)], fused=True, capturable=capturable)
+    for _ in range(3):
+        optimizer.step(loss=torch.ones((), device=device))
+    later = torch.float64 if capturable else torch.float32
+    assert dtypes == [torch.float64, later, later]
 
 
 class Subclass(Tensor):

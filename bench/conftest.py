@@ -6,7 +6,8 @@ import pytest
 
 from bench.byte_table import STEP_DTYPES
 from bench.compiled import CompileBudget
-from bench.machine import Machine, find_machine
+from bench.find import find_machine
+from bench.machine import Machine
 from bench.micro import contenders_of, default_shapes
 from bench.shapes import SHAPES
 

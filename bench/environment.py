@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import fused_dals
-
-if TYPE_CHECKING:
-    from bench.machine import Machine
 
 #: Packages whose version a result depends on, besides torch; None where one is not installed.
 PACKAGES = ("triton", "numpy", "torch-optimi", "flashoptim", "pytorch_optimizer", "bitsandbytes")
@@ -42,8 +40,8 @@ def describe(threads: int) -> dict[str, str | int]:
     }
 
 
-def of_machine(machine: Machine) -> dict[str, Any]:
-    """The machine and the versions of everything that matters."""
+def of_machine(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What a machine says of itself, and the versions of everything that matters."""
     host = describe(torch.get_num_threads())
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
@@ -51,4 +49,4 @@ def of_machine(machine: Machine) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {**host, "cpu": host["device"], **versions, **machine.describe(), "kernel": platform.release()}
+    return {**host, "cpu": host["device"], **versions, **described, "kernel": platform.release()}

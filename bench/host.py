@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench import environment, extras, record
-from bench.machine import find_machine
+from bench.find import find_machine
 from bench.table import format_table
 from bench.timing import Spread
 from fused_dals import DALS
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(cost_table(costs))
     if args.json is not None:
         found = {"repeats": args.repeats, "results": [asdict(cost) for cost in costs]}
-        record.save(args.json, {"environment": environment.of_machine(find_machine()), **found})
+        record.save(args.json, {"environment": environment.of_machine(find_machine().describe()), **found})
         print(f"\nresults: {args.json}")
     return 0
 

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from bench import environment
-from fused_dals.host_walk import HOST_WALK
 
 #: Category and name of a kernel, memset or copy.
 Launch = tuple[str, str]
@@ -142,13 +141,3 @@ def available_bytes() -> int:
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def find_machine() -> Machine:
-    """The current GPU, with the walk over tensors compiled, or the processor where there is none."""
-    if not torch.cuda.is_available():
-        return HostMachine()
-    from bench.gpu.machine import CudaMachine
-
-    HOST_WALK.want(wait=True)  # no step is timed while a compiler runs beside it
-    return CudaMachine(torch.device("cuda", torch.cuda.current_device()))

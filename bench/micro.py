@@ -24,7 +24,8 @@ from bench.contenders import (
     loop_contender,
     torch_contenders,
 )
-from bench.machine import Machine, find_machine
+from bench.find import find_machine
+from bench.machine import Machine
 from bench.options import add_timing_options, check_timing_options
 from bench.peers import peer_contenders
 from bench.shapes import SHAPES
@@ -84,7 +85,7 @@ def run(
     """Time the lists of (model, dtypes) one after the other; prints tables, saves after each."""
     from tqdm import tqdm
 
-    described = environment.of_machine(machine)
+    described = environment.of_machine(machine.describe())
     print(", ".join(f"{key} {value}" for key, value in described.items()) + "\n")
     rows: list[StepRow] = []
     copies: list[float] = []

@@ -311,7 +311,7 @@ def test_command_writes_json(
 def test_the_same_through_pytest_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pytest_benchmark")
     monkeypatch.setitem(SHAPES, "gpt2", lambda: iter(TINY))
-    monkeypatch.setattr("bench.machine.find_machine", SmallHost)
+    monkeypatch.setattr("bench.find.find_machine", SmallHost)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # these tests may run side by side, the benchmark does not
     out = tmp_path / "benchmark.json"
     only = ["-k", "loop or (AdamW and fused)", "-p", "no:cacheprovider", "-p", "no:terminal"]

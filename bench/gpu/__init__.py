@@ -58,7 +58,7 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int) -> int:
     from bench.gpu.jobs import Deadline, Results, jobs_of, run_jobs, targets_of
     from bench.gpu.machine import DeviceHung
 
-    described = environment.of_machine(machine)
+    described = environment.of_machine(machine.describe())
     print(", ".join(f"{key} {value}" for key, value in described.items()))
     results = Results([machine.copy_bandwidth() for _ in range(scale.copy_samples)])
     deadline = Deadline(scale.seconds)

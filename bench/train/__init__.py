@@ -10,7 +10,7 @@ import torch
 
 from bench import environment, extras, record
 from bench.compiled import CompileBudget
-from bench.machine import find_machine
+from bench.find import find_machine
 from bench.options import add_timing_options, check_timing_options
 from bench.table import format_table
 from bench.train.models import TASKS
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = args.size or ("full" if machine.queues_work else "small")
     modes = args.modes or (MODES if machine.queues_work else MODES[:1])
     budget = CompileBudget(args.compile_seconds, args.compile_seconds)
-    described = environment.of_machine(machine)
+    described = environment.of_machine(machine.describe())
     print(", ".join(f"{key} {value}" for key, value in described.items()) + "\n")
     rows: list[TrainRow] = []
     attempts = 1 + args.repeats + 1  # to build it, its samples, those of the optimizer alone

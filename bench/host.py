@@ -6,7 +6,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from operator import attrgetter
@@ -90,16 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@contextmanager
-def using(walk: str) -> Iterator[None]:
+def using(walk: str) -> AbstractContextManager[None]:
     """The compiled walk, where there is one, or none."""
-    there = HOST_WALK.compiled, HOST_WALK.why_not
-    if walk == IN_PYTHON:
-        HOST_WALK.compiled, HOST_WALK.why_not = None, "left out"  # or a step on a GPU would fetch it again
-    try:
-        yield
-    finally:
-        HOST_WALK.compiled, HOST_WALK.why_not = there
+    return HOST_WALK.left_out() if walk == IN_PYTHON else nullcontext()
 
 
 class _NoLaunch:

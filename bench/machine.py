@@ -111,8 +111,9 @@ class HostMachine:
     def keep_busy(self) -> None:
         pass
 
-    def peak_bytes(self, work: Callable[[], object]) -> None:
+    def peak_bytes(self, work: Callable[[], object]) -> int | None:
         work()
+        return None
 
     def free_bytes(self) -> int:
         self.release()

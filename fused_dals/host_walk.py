@@ -21,7 +21,8 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,16 @@ class HostWalk:
     def forget_build(self) -> None:
         """In a forked copy of this process: the compiler is the other's, and so is who held the lock."""
         self._build, self._lock = None, threading.Lock()
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Within it there is no walk, and no step fetches one: to measure or test what Python does."""
+        there = self.compiled, self.why_not
+        self.compiled, self.why_not = None, "left out"
+        try:
+            yield
+        finally:
+            self.compiled, self.why_not = there
 
     def came(self) -> bool:
         """Whether the module is there, perhaps since a moment ago; begins nothing."""

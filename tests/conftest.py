@@ -2,6 +2,8 @@
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,14 +31,12 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(params=["compiled walk", "walk in Python"])
-def either_walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def either_walk(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both ways of asking what changed between two steps."""
-    if request.param == "walk in Python":
-        monkeypatch.setattr(HOST_WALK, "compiled", None)
-        monkeypatch.setattr(HOST_WALK, "why_not", "left out")  # or a step on a GPU would fetch it again
-    elif HOST_WALK.compiled is None:
+    if request.param == "compiled walk" and HOST_WALK.compiled is None:
         pytest.skip(f"no compiled walk: {HOST_WALK.why_not}")
-    return str(request.param)
+    with HOST_WALK.left_out() if request.param == "walk in Python" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from bench.byte_table import STEP_DTYPES
-from bench.machine import Launch
+from bench.machine import HostMachine, Launch
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU kernels are compiled, not interpreted")
 
@@ -20,7 +19,7 @@ FP32, MIXED, BF16 = STEP_DTYPES.values()
 TINY = [("a.weight", (40,)), ("b.weight", (3, 5)), ("b.bias", (5,))]
 
 
-class CpuMachine:
+class CpuMachine(HostMachine):
     """Stands in for the GPU: host clocks, and counters that say what a test wants to hear."""
 
     queues_work = True
@@ -34,22 +33,8 @@ class CpuMachine:
     def describe(self) -> dict[str, Any]:
         return {"device": "none", "driver": None}
 
-    def wait(self) -> None:
-        pass
-
-    def seconds(self, work: Callable[[], object], lead_s: float = 0.0) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
     def copy_bandwidth(self) -> float:
         return 1e9
-
-    def occupy(self, seconds: float) -> None:
-        pass
-
-    def keep_busy(self) -> None:
-        pass
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         work()

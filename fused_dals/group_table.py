@@ -39,10 +39,14 @@ class GroupTable:
         """
         if version == self._version and not any(self._addresses):
             return
-        addresses = [self._lr_address(index, group["lr"]) for index, group in enumerate(groups)]
+        given = [group["lr"] for group in groups]
+        numbers = set(map(type, given)) == {float}
+        addresses = [0] * len(given) if numbers else [self._lr_address(index, lr) for index, lr in enumerate(given)]
         if version == self._version and addresses == self._addresses:
             return
-        lrs = [0.0 if address else float(group["lr"]) for group, address in zip(groups, addresses, strict=True)]
+        lrs = given
+        if not numbers:
+            lrs = [0.0 if address else float(lr) for lr, address in zip(given, addresses, strict=True)]
         rows = self._rows
         only_lrs = self._version is not None and version.numbers == self._version.numbers
         if not only_lrs or any(addresses) or any(self._addresses):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_, itemgetter
@@ -119,6 +120,10 @@ class LiveGroups:
         lrs = [group["lr"] for group in groups]
         if self._lrs_are_sound and not self._on_host and all(map(is_, lrs, self._lrs)):
             return
+        if _are_sound_numbers(lrs):
+            self._lrs, self._on_host, self._lrs_are_sound = lrs, {}, True
+            self.lrs += 1
+            return
         self._lrs_are_sound = False
         for index, lr in enumerate(lrs):
             if lr is self._lrs[index] and self._on_host.get(index) == _number_on_host(lr):
@@ -156,6 +161,12 @@ def _same(group: Mapping[str, Any], seen: _Seen) -> bool:
         return False
     names = group.get("param_names")
     return names is None or _frozen(names) == seen.names  # they may have changed in place
+
+
+def _are_sound_numbers(lrs: Sequence[Any]) -> bool:
+    """Whether these are what schedulers write: 40 ns each, where check_lr takes 1 us. It decides about all others."""
+    # What is not finite makes the sum so.
+    return set(map(type, lrs)) == {float} and min(lrs) >= 0 and math.isfinite(sum(lrs))
 
 
 def _number_on_host(lr: Any) -> float | None:

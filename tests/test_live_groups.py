@@ -61,6 +61,28 @@ def test_groups_are_checked_once_and_what_changes_is_noticed(either_walk: str, s
         live.check(groups)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_wrong_learning_rate_among_numbers_is_found(place: int, either_walk: str, seed: int) -> None:
+    """Numbers are looked at all together: what is not sound must not hide among them, and nothing sound is refused."""
+    groups = DALS([{"params": [(f"p{i}", nn.Parameter(torch.ones(2)))]} for i in range(3)], depth=0.5).param_groups
+    live = LiveGroups()
+    for group in groups:
+        group["lr"] = random.random()
+    live.check(groups)
+    for wrong in (-1e-300, float("nan"), float("inf"), -float("inf"), True, 10**400, "0.1"):
+        groups[place]["lr"] = wrong
+        for _ in range(2):
+            with pytest.raises((TypeError, ValueError), match=f"group {place}: lr must be"):
+                live.check(groups)
+    version = live.version
+    for sound in (0.0, -0.0, 1.7e308, 5e-324, 1, np.float64(0.1)):
+        for group in groups:
+            group["lr"] = sound  # the largest add up to infinity
+        live.check(groups)
+        assert live.version.lrs > version.lrs and live.version.numbers == version.numbers
+        version = live.version
+
+
 def test_groups_in_a_tuple_step_as_those_in_a_list(either_walk: str, seed: int) -> None:
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones_like(p)

@@ -105,6 +105,8 @@ def prologue(
     ema, drop = _moved_loss_ema(tl.load(state + LOSS_EMA), tl.load(state + LOSS_DROP), loss, has_loss)
     t = tl.load(state + STEP)
     skipped = tl.load(state + SKIPPED_STEPS)
+    # All threads have read the run state before one of them writes it: each warp has groups of its own to go on with.
+    tl.debug_barrier()
     tl.store(state + STEP, tl.where(drop_step, t, t + 1.0))
     tl.store(state + LOSS_EMA, ema)
     tl.store(state + LOSS_DROP, drop)

@@ -1,10 +1,13 @@
-"""What the fused pass moves to and from memory, PREDICTED: its work list replayed through a model of the L2 cache.
+"""What the fused pass moves to and from memory and how long it takes, PREDICTED: its work list replayed.
 
-The cache is fully associative, replaces what was used least recently, and holds all of a chunk's tensors or none: p, g,
-h and m of 4096 float32 elements are 64 KiB of some 50 MB. Programs draw items in ticket order; an item takes as long
-as it has bytes to move, stage B no less where it finds them in the cache, and waits for its tensor's last stage A item.
-So the order in which memory is touched is that of the items' starts. The cache is empty when the step begins, as a
-backward pass leaves it. What is written is written back once: no tensor is written twice in a step.
+Time: programs draw items in ticket order. Memory serves them one after the other, in that order, at its bandwidth; an
+item takes that long and no less than its latencies, which are ASSUMED: ITEM_SECONDS and TILE_SECONDS. Stage B waits
+for its tensor's last stage A item. So the order in which memory is touched is that of the items' starts.
+
+Bytes: the cache is fully associative, replaces what was used least recently, and holds all of a chunk's tensors or
+none: p, g, h and m of 8192 float32 elements are 128 KiB of some 50 MB. It is empty when the step begins, as a backward
+pass leaves it. What is written is written back once: no tensor is written twice in a step. What stage B finds no more
+is added to the time as if memory were busy anyway.
 
 Not in the model: that tails, and tensors of odd addresses or strides, are not marked; sets and hashes of addresses,
 halves of an L2 that may hold a line twice, sectors, the tables (2 bytes per 1000 parameters), and that a hit is faster
@@ -26,17 +29,26 @@ from numpy.typing import NDArray
 from bench.byte_table import Dtypes, item_sizes, least_bytes, uncached_bytes
 from fused_dals import buckets
 from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
-from fused_dals.fused import PROGRAMS_PER_SM, FusedPass
+from fused_dals.fused import PROGRAMS_PER_SM, TILE, FusedPass
 from fused_dals.kernels import layout
 from fused_dals.worklist import packed_work_list
 
 Integers = NDArray[np.int64]
 
 
+#: Of an item of stage A and of stage B, beside its tiles: reading the tensor's row, then drawing the next ticket while
+#: stores are on their way and arriving behind them, or looking at a flag.
+ITEM_SECONDS = (1.3e-6, 0.7e-6)
+#: Of a tile, whose loads are under way together: from memory, and from the L2 cache, where the machine code loads the
+#: next one before it stores.
+TILE_SECONDS = (0.8e-6, 0.2e-6)
+
+
 @dataclass(frozen=True)
 class PassPlan:
     """A launch of the pass; ``window`` in chunks. ``programs`` run at a time; ``evict_first``: data that the pass does
-    not need again is marked so and leaves the cache at once."""
+    not need again is marked so and leaves the cache at once. ``bandwidth`` of the memory, in bytes a second; 0 leaves
+    latencies out."""
 
     sizes: tuple[int, ...]
     dtypes: Dtypes
@@ -45,23 +57,32 @@ class PassPlan:
     stage_a_writes: bool = True
     evict_first: bool = True
     programs: int = 1
+    tile: int = TILE
+    bandwidth: float = 0.0
+    merged: int = 1  # chunks of the pass in one of these
 
     def coarser(self, most_chunks: int) -> PassPlan:
-        """The same in fewer, larger chunks: quicker to replay, the blur of a few of them."""
+        """The same in fewer, larger chunks: quicker to replay, the blur of a few of them.
+
+        A program then stands for several that work on a chunk each at the same time.
+        """
         factor = -(-sum(self.sizes) // (self.chunk * most_chunks))
         if factor <= 1:
             return self
         programs = max(1, round(self.programs / factor))
-        return replace(self, chunk=factor * self.chunk, window=self.window // factor, programs=programs)
+        coarse = replace(self, chunk=factor * self.chunk, window=self.window // factor, programs=programs)
+        return replace(coarse, merged=factor * self.merged)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one step moves. ``waiting``: share of the programs' time that they spend waiting for a trust ratio."""
+    """What one step moves. ``waiting``: share of the programs' time that they spend waiting for a trust ratio;
+    ``slowness``: its time over that of the least bytes at full bandwidth."""
 
     parameters: int
     memory_bytes: int
     waiting: float
+    slowness: float
 
     @property
     def per_parameter(self) -> float:
@@ -84,6 +105,8 @@ def plan_in_use() -> dict[str, Any]:
     """What the fused pass is launched with where nothing else is asked for, for the record of a measurement."""
     default = FusedPass(torch.device("cpu"))  # launches nothing; what it chooses does not depend on the device
     return {
+        "chunk": CHUNK,
+        "tile": TILE,
         "window_share": WINDOW_SHARE_OF_L2,
         "programs_per_sm": PROGRAMS_PER_SM,
         "stage_a_writes": default.stage_a_writes,
@@ -107,11 +130,15 @@ def window_chunks(share: float, l2_bytes: int, dtypes: Dtypes, chunk: int = CHUN
 def predict(plan: PassPlan, *cache_bytes: int) -> list[Traffic]:
     """Replay a plan's work list through caches of these sizes."""
     items = _items(plan)
-    order, waiting = _in_order_of_starts(plan, items)
+    order, waiting, length = _in_order_of_starts(plan, items)
     least, uncached = bounds(plan)
     parameters = sum(plan.sizes)
-    missed = (_missed_elements(plan, items, order, size) for size in cache_bytes)
-    return [Traffic(parameters, least * parameters + (uncached - least) * lost, waiting) for lost in missed]
+    found = []
+    for size in cache_bytes:
+        missed = (uncached - least) * _missed_elements(plan, items, order, size)
+        slowness = (length + missed) / max(1, least * parameters)
+        found.append(Traffic(parameters, least * parameters + missed, waiting, slowness))
+    return found
 
 
 def _items(plan: PassPlan) -> _Items:
@@ -126,35 +153,45 @@ def _items(plan: PassPlan) -> _Items:
     return _Items(tensors, stages, places, counts, len(chunks), int(first[-1]))
 
 
-def _item_bytes(plan: PassPlan) -> tuple[int, int]:
-    """Bytes per element that an item of stage A, and one of stage B, reads and writes."""
+def _memory_bytes(plan: PassPlan) -> tuple[int, int]:
+    """Bytes per element between memory and an item of stage A, and one of stage B that finds A's in the cache."""
     p, g, state = item_sizes(plan.dtypes)
     if plan.stage_a_writes:
-        return p + g + 4 * state, 2 * p + state
-    return p + g + state, 2 * p + g + 4 * state
+        return p + g + 4 * state, p
+    return p + g + state, p + 3 * state
 
 
-def _in_order_of_starts(plan: PassPlan, items: _Items) -> tuple[Sequence[int], float]:
-    """Tickets in the order in which programs begin their work, and the share of time spent waiting."""
-    if plan.programs == 1:
-        return range(len(items.tensor)), 0.0
-    costs = _item_bytes(plan)
-    free = [0] * plan.programs
-    ready = [0] * items.tensors
-    starts, waited, worked = [], 0, 0
-    for tensor, stage, elements in zip(items.tensor, items.stage, items.elements, strict=True):
-        start, taken = free[0], costs[stage] * elements
+def _durations(plan: PassPlan, items: _Items) -> tuple[list[int], list[float]]:
+    """Of every item: its bytes, and the bytes that memory could move while its latencies last."""
+    stage, elements = np.array(items.stage, dtype=np.int64), np.array(items.elements, dtype=np.int64)
+    tiles = -(-elements // (plan.merged * plan.tile))
+    seconds = np.array(ITEM_SECONDS)[stage] + tiles * np.array(TILE_SECONDS)[stage]
+    moved: Integers = np.array(_memory_bytes(plan))[stage] * elements
+    return moved.tolist(), (plan.bandwidth * seconds).tolist()
+
+
+def _in_order_of_starts(plan: PassPlan, items: _Items) -> tuple[Sequence[int], float, float]:
+    """Tickets in the order in which programs begin their work, the share of time spent waiting, and the whole time.
+
+    Time is counted in bytes that memory could move.
+    """
+    moved, at_least = _durations(plan, items)
+    free, ready = [0.0] * plan.programs, [0.0] * items.tensors
+    starts, waited, worked, memory = [], 0.0, 0.0, 0.0
+    for ticket, (tensor, stage) in enumerate(zip(items.tensor, items.stage, strict=True)):
+        start = free[0]
         if stage and ready[tensor] > start:
             waited += ready[tensor] - start
             start = ready[tensor]
-        end = start + taken
+        memory = max(memory, start) + moved[ticket]
+        end = max(memory, start + at_least[ticket])
         heapreplace(free, end)
         if not stage and end > ready[tensor]:
             ready[tensor] = end
-        worked += taken
+        worked += end - start
         starts.append(start)
-    order: Any = np.argsort(np.array(starts, dtype=np.int64), kind="stable")
-    return order.tolist(), waited / max(1, waited + worked)
+    order: Any = np.argsort(np.array(starts), kind="stable")
+    return order.tolist(), waited / max(1.0, waited + worked), max(free)
 
 
 def _missed_elements(plan: PassPlan, items: _Items, order: Sequence[int], cache_bytes: int) -> int:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from bench.machine_code import MachineCode
 
 Variant = tuple[str, Any, Mapping[str, str], Mapping[str, Any], int]
-HEADER = ["target", "dtypes", "registers", "shared", "spills", "wide ld/st", "narrow ld/st", "in full chunks"]
+HEADER = ["target", "dtypes", "registers", "shared", "spills", "wide ld/st", "narrow ld/st", "in full tiles"]
 NOTES = """\
 registers: per thread (AMD: vector registers). shared: bytes per program. spills: bytes stored and loaded per thread.
 wide: global accesses of 128 bits; narrow: of less, as in the masked path for tails and in loads from tables.
-in full chunks: narrow accesses among those of unmasked blocks; anything but 0/0 costs bandwidth.
+in full tiles: narrow accesses among those of unmasked blocks; anything but 0/0 costs bandwidth.
 Accesses are counted as they stand in the machine code: once each, in a loop or not."""
 
 

@@ -2,7 +2,7 @@
 
 Registers, spills and global accesses come from the final code (SASS, AMD assembly). Every access carries
 the source line that the debug information gives it, and what Triton's own code (TTIR) does on that line:
-that tells the unmasked path of full chunks from the masked path of tails and from scalar table loads.
+that tells the unmasked path of full tiles from the masked path of tails and from scalar table loads.
 """
 
 import re
@@ -17,6 +17,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fused_dals.kernels.layout import COMPILER_OPTIONS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -125,7 +127,7 @@ def compile_kernel(
         }
     divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", value]] for name, value in attrs.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=dict(constants), attrs=divisible)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **COMPILER_OPTIONS})
     forms = access_forms(compiled.asm["ttir"])
     if TARGETS[target].backend == "cuda":
         usage, sass = disassemble(compiled.asm["cubin"])

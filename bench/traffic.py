@@ -1,11 +1,11 @@
-"""``python -m bench traffic``: bytes that a fused step moves, PREDICTED for any GPU; what window to take."""
+"""``python -m bench traffic``: bytes and time of a fused step, PREDICTED for any GPU; what window and chunk to take."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import fused_dals
 from bench import extras, record
 from bench.byte_table import STEP_DTYPES
-from bench.cache_model import PassPlan, bounds, predict, window_chunks
+from bench.cache_model import ITEM_SECONDS, TILE_SECONDS, PassPlan, bounds, predict, window_chunks
 from bench.shapes import MODELS, SHAPES
 from bench.table import format_table
-from fused_dals.buckets import WINDOW_SHARE_OF_L2
+from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
 from fused_dals.fused import PROGRAMS_PER_SM
 
 MIB = 1 << 20
@@ -28,14 +28,16 @@ class Gpu:
 
     l2_mib: int
     multiprocessors: int
+    terabytes_per_s: float
 
 
 GPUS = {
-    "A100": Gpu(40, 108),
-    "H100": Gpu(50, 132),
-    "B200": Gpu(126, 148),
-    "RTX 4090": Gpu(72, 128),
-    "L4": Gpu(48, 58),
+    "A100": Gpu(40, 108, 2.0),
+    "H100": Gpu(50, 132, 3.35),
+    "H200": Gpu(50, 132, 4.8),
+    "B200": Gpu(126, 148, 8.0),
+    "RTX 4090": Gpu(72, 128, 1.0),
+    "L4": Gpu(48, 58, 0.3),
 }
 #: Shares of the L2 cache that may really serve: nearly all of it, and what hashing, and lines held twice, may leave.
 USABLE = (0.9, 0.6)
@@ -49,6 +51,8 @@ MODES = {
 #: The modes that windows are judged by: what runs, and the same on hardware that keeps to no marks.
 WINDOW_MODES = ("A writes h and m", "A writes h and m, no marks")
 WINDOW_SHARES = (0.0, 0.125, 0.25, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.75, 1.0, math.inf)
+#: Tried with the window in use, as the windows are with the chunk in use; tiles as they are.
+CHUNKS = (4096, 8192, 16384)
 #: The model is no more exact: replays in coarse chunks are within 1 % of exact ones.
 EQUALLY_SLOW = 1.01
 #: A replay of so many chunks is within 1 % of one of all; tests/test_traffic.py holds it to that.
@@ -64,9 +68,11 @@ class Cell:
     model: str
     dtypes: str
     mode: str
+    chunk: int
     window_share: float
     predicted: float
     waiting: float
+    slowness: float  # time over that of the least bytes at full bandwidth
     least: float
     uncached: float
 
@@ -75,19 +81,15 @@ class Cell:
         """Bytes over the least."""
         return self.predicted / self.least
 
-    @property
-    def slowness(self) -> float:
-        """The same if time that programs wait is lost altogether; in fact the others have more bandwidth then."""
-        return self.excess / (1 - self.waiting)
-
 
 @dataclass(frozen=True)
-class ShareScore:
-    """A window's predictions over all lists and dtypes of one GPU and mode: means, and its worst loss."""
+class Score:
+    """A chunk and window, over all lists and dtypes of one GPU and mode: means, and the worst loss of time."""
 
     gpu: str
     mode: str
     usable: float
+    chunk: int
     window_share: float
     excess: float
     worst_loss: float
@@ -99,14 +101,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench traffic",
         description="Bytes per parameter that a step of the fused pass moves, PREDICTED by replaying its work list "
-        "through a model of the L2 cache; nothing is measured. One table of what stage A does, with 90 and 60 % of the "
-        "cache usable, and one of windows between the stages, as shares of the cache.",
+        "through a model of the L2 cache, and its time from assumed latencies; nothing is measured. One table of what "
+        "stage A does, with 90 and 60 % of the cache usable, and one of chunks and of windows between the stages, as "
+        "shares of the cache.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(MODELS), help="parameter lists")
     parser.add_argument("--dtypes", nargs="+", choices=STEP_DTYPES, default=list(STEP_DTYPES))
-    parser.add_argument("--gpu", choices=GPUS, default="H100", help="for the first table; the H200 is an H100 here")
-    parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS), help="for the table of windows")
+    parser.add_argument("--gpu", choices=GPUS, default="H100", help="for the first table")
+    parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS), help="for the second table")
     parser.add_argument("--exact", action="store_true", help="replay every chunk: minutes instead of seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the predictions")
     return parser
@@ -119,21 +122,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     most_chunks = 1 << 60 if args.exact else MOST_CHUNKS
     lists = [(model, dtypes) for model in args.shapes for dtypes in args.dtypes]
-    total = len(lists) * (len(MODES) + len(args.gpus) * len(WINDOW_MODES) * len(WINDOW_SHARES))
+    plans = [(CHUNK, share) for share in WINDOW_SHARES]
+    plans += [(chunk, WINDOW_SHARE_OF_L2) for chunk in CHUNKS if chunk != CHUNK]
+    total = len(lists) * (len(MODES) + len(args.gpus) * len(WINDOW_MODES) * len(plans))
     with tqdm(total=total, unit="replay") as bar:
 
-        def of(gpu: str, modes: Sequence[str], shares: Sequence[float]) -> list[Cell]:
+        def of(gpu: str, modes: Sequence[str], plans: Sequence[tuple[int, float]]) -> list[Cell]:
             bar.set_description(gpu)
-            return list(cells_of(gpu, lists, modes, shares, most_chunks, bar.update))
+            return list(cells_of(gpu, lists, modes, plans, most_chunks, bar.update))
 
-        modes = of(args.gpu, list(MODES), [WINDOW_SHARE_OF_L2])
-        windows = [cell for gpu in args.gpus for cell in of(gpu, WINDOW_MODES, WINDOW_SHARES)]
-    scores = scores_of(windows)
+        modes = of(args.gpu, list(MODES), [(CHUNK, WINDOW_SHARE_OF_L2)])
+        scores = scores_of([cell for gpu in args.gpus for cell in of(gpu, WINDOW_MODES, plans)])
     print(f"PREDICTED bytes per parameter, {describe(args.gpu)}\n")
     print(mode_tables(modes))
-    print("\nPREDICTED effect of the window, means over these lists and dtypes\n")
-    print(window_table(scores))
-    print(f"\nto be taken: {best_share(scores):g} of the L2 cache; in use: {WINDOW_SHARE_OF_L2:g}")
+    print("\nPREDICTED effect of chunk and window, means over these lists and dtypes\n")
+    print(score_table(scores))
+    print(f"\nto be taken: a window of {best_share(scores):g} of the L2 cache; in use: {WINDOW_SHARE_OF_L2:g}")
+    print(f"and chunks of {best_chunk(scores)} elements; in use: {CHUNK}")
     if args.json is not None:
         save(args.json, args.gpu, modes, scores)
         print(f"\npredictions: {args.json}")
@@ -154,57 +159,67 @@ def cells_of(
     gpu: str,
     lists: Sequence[tuple[str, str]],
     modes: Sequence[str],
-    shares: Sequence[float],
+    plans: Sequence[tuple[int, float]],
     most_chunks: int,
     on_replay: Callable[[], object],
 ) -> Iterator[Cell]:
-    """Predictions for every list of tensors with its dtypes, usable share, mode and window."""
+    """Predictions for every list of tensors with its dtypes, usable share, mode and plan, a chunk and a window."""
     l2_bytes, programs = GPUS[gpu].l2_mib * MIB, PROGRAMS_PER_SM * GPUS[gpu].multiprocessors
+    bandwidth = GPUS[gpu].terabytes_per_s * 1e12
     for model, name in lists:
         sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
         for mode in modes:
-            for share in shares:
-                window = window_chunks(share, l2_bytes, STEP_DTYPES[name])
-                plan = PassPlan(sizes, STEP_DTYPES[name], window, programs=programs, **MODES[mode])
-                plan = plan.coarser(most_chunks)
+            for chunk, share in plans:
+                window = window_chunks(share, l2_bytes, STEP_DTYPES[name], chunk)
+                plan = PassPlan(sizes, STEP_DTYPES[name], window, chunk, **MODES[mode], programs=programs)
+                plan = replace(plan, bandwidth=bandwidth).coarser(most_chunks)
                 predicted = predict(plan, *(int(usable * l2_bytes) for usable in USABLE))
                 least, uncached = bounds(plan)
                 for usable, found in zip(USABLE, predicted, strict=True):
-                    figures = found.per_parameter, found.waiting, least, uncached
-                    yield Cell(gpu, usable, model, name, mode, share, *figures)
+                    figures = found.per_parameter, found.waiting, found.slowness, least, uncached
+                    yield Cell(gpu, usable, model, name, mode, chunk, share, *figures)
                 on_replay()
 
 
-def scores_of(cells: Sequence[Cell]) -> list[ShareScore]:
-    """One row per GPU, mode, usable share and window."""
+def scores_of(cells: Sequence[Cell]) -> list[Score]:
+    """One row per GPU, mode, usable share, chunk and window."""
     least: dict[tuple[str, str, float, str, str], float] = {}
     for cell in cells:
         case = cell.gpu, cell.mode, cell.usable, cell.model, cell.dtypes
-        least[case] = min(cell.predicted, least.get(case, math.inf))
+        least[case] = min(cell.slowness, least.get(case, math.inf))
     scores = []
-    by_row: dict[tuple[str, str, float, float], list[Cell]] = {}
+    by_row: dict[tuple[str, str, float, int, float], list[Cell]] = {}
     for cell in cells:
-        by_row.setdefault((cell.gpu, cell.mode, cell.usable, cell.window_share), []).append(cell)
-    for (gpu, mode, usable, share), members in by_row.items():
-        loss = max(cell.predicted / least[gpu, mode, usable, cell.model, cell.dtypes] for cell in members)
+        by_row.setdefault((cell.gpu, cell.mode, cell.usable, cell.chunk, cell.window_share), []).append(cell)
+    for (gpu, mode, usable, chunk, share), members in by_row.items():
+        loss = max(cell.slowness / least[gpu, mode, usable, cell.model, cell.dtypes] for cell in members)
         excess, waiting, slowness = (
             fmean(getattr(cell, name) for cell in members) for name in ("excess", "waiting", "slowness")
         )
-        scores.append(ShareScore(gpu, mode, usable, share, excess, loss, waiting, slowness))
+        scores.append(Score(gpu, mode, usable, chunk, share, excess, loss, waiting, slowness))
     return scores
 
 
-def best_share(scores: Sequence[ShareScore]) -> float:
-    """Of the windows with about the least mean slowness over all GPUs and usable shares, the one that risks least.
+def best_share(scores: Sequence[Score]) -> float:
+    """The window to take with the chunk in use, as a share of the L2 cache."""
+    return _best({share: [s for s in scores if (s.chunk, s.window_share) == (CHUNK, share)] for share in WINDOW_SHARES})
+
+
+def best_chunk(scores: Sequence[Score]) -> int:
+    """The chunk to take with the window in use."""
+    return int(_best({c: [s for s in scores if (s.chunk, s.window_share) == (c, WINDOW_SHARE_OF_L2)] for c in CHUNKS}))
+
+
+def _best(members: dict[Any, list[Score]]) -> float:
+    """Of what is about the least slow, in the mean over all GPUs and usable shares, the one that risks least.
 
     What counts alike: every GPU, both usable shares, marks heeded and ignored. How much of the cache serves is not
-    known, nor what marks do, and too large a window is what one pays for if it is little.
+    known, nor what marks do, and too large a window or chunk is what one pays for if it is little.
     """
-    members = {share: [s for s in scores if s.window_share == share] for share in {s.window_share for s in scores}}
-    slowness = {share: fmean(s.slowness for s in some) for share, some in members.items()}
-    risk = {share: max(s.worst_loss for s in some) for share, some in members.items()}
-    equal = [share for share in slowness if slowness[share] <= EQUALLY_SLOW * min(slowness.values())]
-    return min(equal, key=lambda share: (risk[share], slowness[share]))
+    slowness = {choice: fmean(s.slowness for s in some) for choice, some in members.items() if some}
+    risk = {choice: max(s.worst_loss for s in some) for choice, some in members.items() if some}
+    equal = [choice for choice in slowness if slowness[choice] <= EQUALLY_SLOW * min(slowness.values())]
+    return float(min(equal, key=lambda choice: (risk[choice], slowness[choice])))
 
 
 def mode_tables(cells: Sequence[Cell]) -> str:
@@ -224,14 +239,15 @@ def mode_tables(cells: Sequence[Cell]) -> str:
     return "\n\n".join(blocks)
 
 
-def window_table(scores: Sequence[ShareScore]) -> str:
-    """Windows by GPU, mode and usable share."""
-    header = ["GPU", "mode", "usable", "window x L2", "bytes / least", "worst loss", "waiting", "slowness"]
+def score_table(scores: Sequence[Score]) -> str:
+    """Chunks and windows by GPU, mode and usable share."""
+    header = ["GPU", "mode", "usable", "chunk", "window x L2", "bytes / least", "worst loss", "waiting", "slowness"]
     rows = [
         [
             score.gpu,
             score.mode,
             f"{100 * score.usable:.0f} %",
+            str(score.chunk),
             "all A first" if math.isinf(score.window_share) else f"{score.window_share:g}",
             f"{score.excess:.3f}",
             f"{100 * (score.worst_loss - 1):.1f} %",
@@ -243,10 +259,10 @@ def window_table(scores: Sequence[ShareScore]) -> str:
     return format_table(header, rows)
 
 
-def save(path: Path, gpu: str, modes: Sequence[Cell], scores: Sequence[ShareScore]) -> None:
+def save(path: Path, gpu: str, modes: Sequence[Cell], scores: Sequence[Score]) -> None:
     """Everything as JSON; an infinite window is null."""
 
-    def plain(row: Cell | ShareScore) -> dict[str, Any]:
+    def plain(row: Cell | Score) -> dict[str, Any]:
         found = asdict(row)
         return {**found, "window_share": None if math.isinf(row.window_share) else row.window_share}
 
@@ -257,7 +273,10 @@ def save(path: Path, gpu: str, modes: Sequence[Cell], scores: Sequence[ShareScor
         "gpus": {name: asdict(found) for name, found in GPUS.items()},
         "window_share_in_use": WINDOW_SHARE_OF_L2,
         "best_window_share": best_share(scores),
+        "chunk_in_use": CHUNK,
+        "best_chunk": best_chunk(scores),
+        "latencies_assumed_s": {"item": ITEM_SECONDS, "tile": TILE_SECONDS},
         "modes": [plain(cell) for cell in modes],
-        "windows": [plain(score) for score in scores],
+        "plans": [plain(score) for score in scores],
     }
     record.save(path, predicted)

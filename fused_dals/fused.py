@@ -30,6 +30,7 @@ from fused_dals.stats import TrustRatios
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 NUM_WARPS: int = layout.NUM_WARPS
+TILE: int = layout.TILE
 
 #: Resident programs per multiprocessor that the registers of the kernel allow with 8 warps (128 x 256 x 2 = 65536).
 PROGRAMS_PER_SM = 2
@@ -99,9 +100,11 @@ class FusedPass:
         window: int | None = None,
         stage_a_writes: bool | None = None,
         evict_first: bool = True,
+        max_registers: int | None = None,
     ) -> None:
         """``window`` in chunks, chosen from the device where None; ``stage_a_writes``: h and m are written in stage A;
-        ``evict_first``: what a step does not touch again is marked so, for the sake of the L2 cache.
+        ``evict_first``: what a step does not touch again is marked so, for the sake of the L2 cache;
+        ``max_registers`` of a thread of the pass, left to the compiler where None.
 
         Stage A writing h and m moves fewer bytes (36 against 40 per float32 parameter, where B finds nothing in the
         cache). None chooses it, except on AMD, where Triton's barrier before the arrival does not wait for the other
@@ -111,6 +114,7 @@ class FusedPass:
         self.window = window
         self.stage_a_writes = torch.version.hip is None if stage_a_writes is None else stage_a_writes
         self.evict_first = evict_first
+        self.max_registers = max_registers
         self.group_table = GroupTable(device)
         self.launcher = Launcher()
         self.buckets: dict[BucketKey, Bucket] = {}
@@ -231,6 +235,7 @@ class FusedPass:
                         num_warps=NUM_WARPS,
                         GRAD_TYPE=_triton_dtype(launch.key[1]),
                         CHUNK=bucket.chunk,
+                        TILE=layout.SCAN_TILE,
                     )
         return self._scan_rows
 
@@ -342,6 +347,7 @@ class FusedPass:
             self._programs(),
             arguments,
             num_warps=NUM_WARPS,
+            max_registers=self.max_registers,
             PARAM_TYPE=_triton_dtype(param),
             GRAD_TYPE=_triton_dtype(grad),
             STATE_TYPE=_triton_dtype(state),
@@ -349,6 +355,7 @@ class FusedPass:
             UNSCALE=self._unscale,
             SHARDED=self.shards is not None,
             CHUNK=bucket.chunk,
+            TILE=TILE,
             A_WRITES=self.stage_a_writes,
             EVICT_FIRST=self.evict_first,
         )

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_dals.kernels.layout import COMPILER_OPTIONS
+
 #: Triton compiles another kernel for a pointer that is not aligned to so many bytes.
 ALIGNMENT = 16
 
@@ -39,9 +41,18 @@ class Launcher:
         self._prepared: dict[tuple[Hashable, ...], _Prepared] = {}
 
     def launch(
-        self, kernel: Any, programs: int, arguments: tuple[Any, ...], *, num_warps: int, **constants: Any
+        self,
+        kernel: Any,
+        programs: int,
+        arguments: tuple[Any, ...],
+        *,
+        num_warps: int,
+        max_registers: int | None = None,
+        **constants: Any,
     ) -> Callable[[], None] | None:
         """Launch so many programs; ``constants`` are the compile-time arguments, which stand last in the signature.
+
+        ``max_registers`` of a thread that the compiler may use, as many as it likes where None; NVIDIA only.
 
         Returns what launches the same again, on the stream of the moment, as long as all tensors stay in their memory;
         None where Triton has to look at the arguments each time, as it had to in this launch.
@@ -49,7 +60,7 @@ class Launcher:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         addresses = list(map(Tensor.data_ptr, tensors))
         aligned = reduce(or_, addresses) % ALIGNMENT == 0
-        key = (id(kernel), num_warps, *constants.values(), *map(_dtype, tensors))
+        key = (id(kernel), num_warps, max_registers, *constants.values(), *map(_dtype, tensors))
         known = self._prepared.get(key) if aligned else None
         if known is not None and known.kernel is kernel:
             pointers = iter(addresses)
@@ -57,7 +68,8 @@ class Launcher:
             again = partial(known.compiled[programs, 1, 1], *plain, *known.constants)
             again()
             return again
-        compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps)
+        options = {**COMPILER_OPTIONS, **({} if max_registers is None else {"maxnreg": max_registers})}
+        compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps, **options)
         if aligned and compiled is not None:  # the interpreter compiles nothing
             in_order = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
             self._prepared[key] = _Prepared(kernel, compiled, in_order)

@@ -4,13 +4,16 @@
     between   r <- clamp(gamma ||p|| / ||u||), 1 where a norm is 0, by the last chunk of a tensor to arrive
     stage B   m <- mu m + u;  p <- p - eta r m
 
-Persistent programs draw items (tensor, chunk, stage) from an atomic ticket counter, in list order. A stage B item waits
-for its tensor's ratio; that only ever depends on items with lower tickets, which running programs hold, so that no
-number of resident programs is needed for progress. Partials are added in index order by one program: no float atomics,
+Persistent programs draw items (tensor, chunk, stage) from an atomic ticket counter, in list order, each one ahead: a
+ticket takes as long as the memory that it would wait for. A stage B item waits for its tensor's ratio; that only ever
+depends on items with lower tickets, which running programs hold and work on in order, so that no number of resident
+programs is needed for progress. Partials are added in index order by one program: no float atomics,
 the same bits at every run.
 
-Two traps shaped the code. A mask computed from a length that was loaded makes every access scalar, so full chunks of
-aligned tensors take an unmasked branch, and everything else goes through a masked one. And pointers come as integers
+A chunk is the unit of work, of drawing, arriving and waiting; a tile is what a program has in its registers at a time.
+
+Two traps shaped the code. A mask computed from a length that was loaded makes every access scalar, so full tiles of
+aligned tensors take an unmasked loop, and everything else goes through a masked one. And pointers come as integers
 from a table, so each needs ``tl.multiple_of``, on the pointer and not on the integer, to get 128-bit accesses.
 """
 
@@ -48,13 +51,15 @@ TENSOR_SHIFT = tl.constexpr(layout.TENSOR_SHIFT)
 #: Elements that the masked branch handles at a time. With 1024 here and below the kernel needs up to 168 registers at 8
 #: warps and spills in some variants; with 512 and 256 at most 128 (sm_90), so that two programs fit on an SM.
 PIECE = tl.constexpr(512)
+#: Elements that a thread has in a row, whatever the types: of float32, 16 bytes.
+RUN = tl.constexpr(4)
 #: Partial sums that the last arrival adds per turn.
 PARTIALS_PER_TURN = tl.constexpr(256)
 
 
 @triton.jit
 def _load(ptr, at, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
-    """Of full chunks with an eviction policy; strides or odd addresses may bring the masked branch back to a line."""
+    """Of full tiles with an eviction policy; strides or odd addresses may bring the masked branch back to a line."""
     if MASKED:
         return tl.load(ptr + at, mask=mask, other=0.0)
     else:
@@ -88,6 +93,12 @@ def _as_stored(value, bits, TYPE: tl.constexpr):
 
 
 @triton.jit
+def sums_of_runs(x):
+    """Sums of RUN neighbours each, which one thread has together: no other thread is waited for."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // RUN, RUN]), axis=1)
+
+
+@triton.jit
 def _filtered_update(p, g, h, blend, scalars):
     """h and u of one tile, in float32."""
     alpha = tl.load(scalars)
@@ -103,14 +114,34 @@ def _filtered_update(p, g, h, blend, scalars):
 
 
 @triton.jit
-def _stage_a_tile(
-    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, scalars, key,
-    STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr, UNSCALE: tl.constexpr, A_WRITES: tl.constexpr,
-    LAST_USE: tl.constexpr, MASKED: tl.constexpr,
+def _pointers(
+    addresses, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Sums of p^2 and u^2 over one tile; writes h, m and the unscaled gradient too where that is stage A's work."""
+    """Parameter, gradient, state and compensation. Said to be aligned only where full tiles are read through them."""
+    p_ptr = addresses[0].to(tl.pointer_type(PARAM_TYPE))
+    g_ptr = addresses[1].to(tl.pointer_type(GRAD_TYPE))
+    h_ptr = addresses[2].to(tl.pointer_type(STATE_TYPE))
+    m_ptr = addresses[3].to(tl.pointer_type(STATE_TYPE))
+    c_ptr = addresses[4].to(tl.pointer_type(tl.int16))
+    if not MASKED:
+        p_ptr = tl.multiple_of(p_ptr, 16)
+        g_ptr = tl.multiple_of(g_ptr, 16)
+        h_ptr = tl.multiple_of(h_ptr, 16)
+        m_ptr = tl.multiple_of(m_ptr, 16)
+        c_ptr = tl.multiple_of(c_ptr, 16)
+    return p_ptr, g_ptr, h_ptr, m_ptr, c_ptr
+
+
+@triton.jit
+def _stage_a_tile(
+    addresses, p_at, g_at, at, mask, blend, scalars, key,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr,
+    UNSCALE: tl.constexpr, A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """p and u of one tile; writes h, m and the unscaled gradient too where that is stage A's work."""
     # Stage B comes back for p and m, and for g and h too where it is the one who writes.
     GRADS_USE: tl.constexpr = LAST_USE if A_WRITES else ""
+    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, MASKED)
     p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, "")
     g = _load(g_ptr, g_at, mask, MASKED, GRADS_USE).to(tl.float32)
     h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED, GRADS_USE).to(tl.float32), blend, scalars)
@@ -124,18 +155,19 @@ def _stage_a_tile(
         _store(m_ptr, at, _as_stored(m, bits >> 16, STATE_TYPE), mask, MASKED, "")
         if UNSCALE:
             _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED, LAST_USE)
-    return tl.sum((p * p).to(tl.float64)), tl.sum((u * u).to(tl.float64))
+    return p, u
 
 
 @triton.jit
 def _stage_b_tile(
-    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, ratio, scalars, key,
-    STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr, UNSCALE: tl.constexpr, A_WRITES: tl.constexpr,
-    LAST_USE: tl.constexpr, MASKED: tl.constexpr,
+    addresses, p_at, g_at, at, mask, blend, ratio, scalars, key,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr,
+    UNSCALE: tl.constexpr, A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Write p, and h, m and the unscaled gradient where stage A has not."""
     momentum = tl.load(scalars + 7)
     eta = tl.load(scalars + 8)
+    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, MASKED)
     p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, LAST_USE)
     m = _load(m_ptr, at, mask, MASKED, LAST_USE).to(tl.float32)
     if not A_WRITES:
@@ -158,6 +190,24 @@ def _stage_b_tile(
         _store(c_ptr, at, lower, mask, MASKED, LAST_USE)
     else:
         _store(p_ptr, p_at, p.to(p_ptr.dtype.element_ty), mask, MASKED, LAST_USE)
+
+
+@triton.jit
+def _look_and_draw(flag, counter):
+    """A flag, acquired, and a ticket: two atomics of one instruction, as each would take half a microsecond."""
+    lane = tl.arange(0, 2)
+    both = tl.where(lane == 0, flag.to(tl.int64), counter.to(tl.int64)).to(tl.pointer_type(tl.int32))
+    found = tl.atomic_add(both, lane, sem="acquire", scope="gpu")  # 0 to the flag, 1 to the counter
+    return tl.sum(tl.where(lane == 0, found, 0)), tl.sum(tl.where(lane == 1, found, 0))
+
+
+@triton.jit
+def end_of_full_tiles(start, stop, access, TILE: tl.constexpr):
+    """Where unmasked tiles of a chunk end, and what is masked begins: at once, where a tensor cannot be read wide."""
+    full = start
+    if access == WIDE:
+        full += (stop - start) // TILE * TILE
+    return full
 
 
 @triton.jit
@@ -251,6 +301,7 @@ def fused_pass(
     UNSCALE: tl.constexpr,
     SHARDED: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
     A_WRITES: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
 ):
@@ -263,22 +314,23 @@ def fused_pass(
     the scale of a GradScaler. State in bfloat16 is rounded stochastically.
 
     EVICT_FIRST: what the step does not touch again is the first to leave the L2 cache, which keeps what stage B comes
-    back for. On full chunks only, see _load.
+    back for. In full tiles only, see _load.
     """
     LAST_USE: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+    item = tl.load(items + ticket, mask=ticket < item_count, other=0)
     while ticket < item_count:
-        item = tl.load(items + ticket)
         tensor = item >> TENSOR_SHIFT
         chunk = (item >> 1) & CHUNK_MASK
         row = tensors + tensor * TENSOR_WIDTH
-        p_address = tl.load(row + PARAM)
-        g_address = tl.load(grads + tensor)
-        h_address = tl.load(row + GRAD_EMA)
-        m_address = tl.load(row + MOMENTUM_BUFFER)
-        c_address = tl.load(row + COMPENSATION)
+        addresses = (
+            tl.load(row + PARAM),
+            tl.load(grads + tensor),
+            tl.load(row + GRAD_EMA),
+            tl.load(row + MOMENTUM_BUFFER),
+            tl.load(row + COMPENSATION),
+        )
         numel = tl.load(row + NUMEL)
-        first_chunk = tl.load(row + FIRST_CHUNK)
         access = tl.load(row + ACCESS)
         scalar_row = scalars + tl.load(row + GROUP) * SCALAR_WIDTH
         blend = tl.load(blends + tensor)
@@ -288,50 +340,51 @@ def fused_pass(
             upper = ((chunk * CHUNK) >> 32).to(tl.int32)
             key = mix(tl.load(row + ROUNDING_KEY).to(tl.int32) ^ tl.load(seed)) ^ mix(upper)
         start = chunk * CHUNK
-        wide = (access == WIDE) & (start + CHUNK <= numel)
+        stop = tl.minimum(start + CHUNK, numel)
+        full = end_of_full_tiles(start, stop, access, TILE)
 
         if item & 1 == 0:
-            if wide:
-                p_ptr = tl.multiple_of(p_address.to(tl.pointer_type(PARAM_TYPE)), 16)
-                g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRAD_TYPE)), 16)
-                h_ptr = tl.multiple_of(h_address.to(tl.pointer_type(STATE_TYPE)), 16)
-                m_ptr = tl.multiple_of(m_address.to(tl.pointer_type(STATE_TYPE)), 16)
-                c_ptr = tl.multiple_of(c_address.to(tl.pointer_type(tl.int16)), 16)
-                at = start + tl.arange(0, CHUNK)
-                p_square, u_square = _stage_a_tile(
-                    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, at, at, at, None, blend, scalar_row, key,
-                    STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, False,
-                )  # fmt: skip
-            else:
-                p_ptr = p_address.to(tl.pointer_type(PARAM_TYPE))
-                g_ptr = g_address.to(tl.pointer_type(GRAD_TYPE))
-                h_ptr = h_address.to(tl.pointer_type(STATE_TYPE))
-                m_ptr = m_address.to(tl.pointer_type(STATE_TYPE))
-                c_ptr = c_address.to(tl.pointer_type(tl.int16))
-                p_square = tl.full([], 0.0, tl.float64)
-                u_square = tl.full([], 0.0, tl.float64)
-                stop = tl.minimum(start + CHUNK, numel)
-                for piece in range(start, stop, PIECE):
-                    at = piece + tl.arange(0, PIECE).to(tl.int64)
-                    mask = at < stop
-                    p_at = at
-                    g_at = at
-                    if access == STRIDED:
-                        p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
-                    p_part, u_part = _stage_a_tile(
-                        p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, scalar_row, key,
-                        STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,
+            p_square = tl.full([], 0.0, tl.float64)
+            u_square = tl.full([], 0.0, tl.float64)
+            if full > start:
+                # Added up as far as one thread has them: reducing each tile would stop all threads once a tile.
+                p_squares = tl.zeros([TILE // RUN], dtype=tl.float64)
+                u_squares = tl.zeros([TILE // RUN], dtype=tl.float64)
+                for tile in range(start, full, TILE):
+                    at = tile + tl.arange(0, TILE).to(tl.int64)
+                    p, u = _stage_a_tile(
+                        addresses, at, at, at, None, blend, scalar_row, key,
+                        PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, False,
                     )  # fmt: skip
-                    p_square += p_part
-                    u_square += u_part
-            tl.store(partials + 2 * (first_chunk + chunk), p_square)
-            tl.store(partials + 2 * (first_chunk + chunk) + 1, u_square)
+                    p_squares += sums_of_runs((p * p).to(tl.float64))
+                    u_squares += sums_of_runs((u * u).to(tl.float64))
+                p_square = tl.sum(p_squares)
+                u_square = tl.sum(u_squares)
+            for piece in range(full, stop, PIECE):
+                at = piece + tl.arange(0, PIECE).to(tl.int64)
+                mask = at < stop
+                p_at = at
+                g_at = at
+                if access == STRIDED:
+                    p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+                p, u = _stage_a_tile(
+                    addresses, p_at, g_at, at, mask, blend, scalar_row, key,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,
+                )  # fmt: skip
+                p_square += tl.sum((p * p).to(tl.float64))
+                u_square += tl.sum((u * u).to(tl.float64))
+            sums = partials + 2 * tl.load(row + FIRST_CHUNK)
+            tl.store(sums + 2 * chunk, p_square)
+            tl.store(sums + 2 * chunk + 1, u_square)
+            # The next item comes while the stores above are on their way, which the announcement has to wait for.
+            next_ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+            next_item = tl.load(items + next_ticket, mask=next_ticket < item_count, other=0)
             # All threads of the program have written before one of them announces it.
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel", scope="gpu")
             chunks = tl.load(row + CHUNKS)
             if arrived == chunks - 1:
-                p_sum, u_sum = _sums_of_squares(partials + 2 * first_chunk, chunks)
+                p_sum, u_sum = _sums_of_squares(sums, chunks)
                 if SHARDED:
                     # In 24 bits, so that sums over ranks are exact, in whatever order they are made.
                     norm = norms + tl.load(row + NORMS_ROW) * NORMS_WIDTH
@@ -343,37 +396,27 @@ def fused_pass(
                     tl.debug_barrier()
                     tl.atomic_xchg(ready + tensor, 1, sem="release", scope="gpu")
         else:
-            is_ready = tl.atomic_add(ready + tensor, 0, sem="acquire", scope="gpu")
+            is_ready, next_ticket = _look_and_draw(ready + tensor, counter)
+            next_item = tl.load(items + next_ticket, mask=next_ticket < item_count, other=0)
             while is_ready == 0:
                 is_ready = tl.atomic_add(ready + tensor, 0, sem="acquire", scope="gpu")
             ratio = tl.load(ratios + tensor)
-            if wide:
-                p_ptr = tl.multiple_of(p_address.to(tl.pointer_type(PARAM_TYPE)), 16)
-                g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRAD_TYPE)), 16)
-                h_ptr = tl.multiple_of(h_address.to(tl.pointer_type(STATE_TYPE)), 16)
-                m_ptr = tl.multiple_of(m_address.to(tl.pointer_type(STATE_TYPE)), 16)
-                c_ptr = tl.multiple_of(c_address.to(tl.pointer_type(tl.int16)), 16)
-                at = start + tl.arange(0, CHUNK)
+            for tile in range(start, full, TILE):
+                at = tile + tl.arange(0, TILE).to(tl.int64)
                 _stage_b_tile(
-                    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, at, at, at, None, blend, ratio, scalar_row, key,
-                    STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, False,
+                    addresses, at, at, at, None, blend, ratio, scalar_row, key,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, False,
                 )  # fmt: skip
-            else:
-                p_ptr = p_address.to(tl.pointer_type(PARAM_TYPE))
-                g_ptr = g_address.to(tl.pointer_type(GRAD_TYPE))
-                h_ptr = h_address.to(tl.pointer_type(STATE_TYPE))
-                m_ptr = m_address.to(tl.pointer_type(STATE_TYPE))
-                c_ptr = c_address.to(tl.pointer_type(tl.int16))
-                stop = tl.minimum(start + CHUNK, numel)
-                for piece in range(start, stop, PIECE):
-                    at = piece + tl.arange(0, PIECE).to(tl.int64)
-                    mask = at < stop
-                    p_at = at
-                    g_at = at
-                    if access == STRIDED:
-                        p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
-                    _stage_b_tile(
-                        p_ptr, g_ptr, h_ptr, m_ptr, c_ptr, p_at, g_at, at, mask, blend, ratio, scalar_row, key,
-                        STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,
-                    )  # fmt: skip
-        ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+            for piece in range(full, stop, PIECE):
+                at = piece + tl.arange(0, PIECE).to(tl.int64)
+                mask = at < stop
+                p_at = at
+                g_at = at
+                if access == STRIDED:
+                    p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+                _stage_b_tile(
+                    addresses, p_at, g_at, at, mask, blend, ratio, scalar_row, key,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,
+                )  # fmt: skip
+        ticket = next_ticket
+        item = next_item

@@ -16,21 +16,25 @@ from fused_dals.kernels.fused_pass import (
     MAX_DIMS,
     NUMEL,
     PIECE,
+    RUN,
     STRIDED,
     TENSOR_SHIFT,
     TENSOR_WIDTH,
-    WIDE,
+    end_of_full_tiles,
     strided_offsets,
+    sums_of_runs,
 )
 
 
 @triton.jit
-def _sums(g):
-    # Counted on float32: a float16 or bfloat16 gradient is finite exactly if its float32 copy is.
+def _measures(g):
+    """Squares, and 1 for what is not finite, elementwise."""
+    # Looked at in float32: a float16 or bfloat16 gradient is finite exactly if its float32 copy is.
+    g = g.to(tl.float32)
     non_finite = (g != g) | (tl.abs(g) == float("inf"))
     # Squared in float64: those of finite gradients above 1.8e19 leave the range of float32.
     g = g.to(tl.float64)
-    return tl.sum(g * g), tl.sum(non_finite.to(tl.float64))
+    return g * g, non_finite.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["item_count"])
@@ -43,35 +47,37 @@ def grad_scan(
     item_count,
     GRAD_TYPE: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Leave this program's sum of squares and number of non-finite elements."""
     program = tl.program_id(0)
-    squares = 0.0
-    squares = squares.to(tl.float64)
-    non_finite = squares
+    # Of full tiles, added up as far as one thread has them: reducing each would stop all threads once a tile.
+    run_squares = tl.zeros([TILE // RUN], dtype=tl.float64)
+    run_non_finite = tl.zeros([TILE // RUN], dtype=tl.int32)
+    squares = tl.full([], 0.0, tl.float64)
+    non_finite = tl.full([], 0, tl.int32)
     for i in range(program, item_count, tl.num_programs(0)):
         item = tl.load(items + i)
         tensor = item >> TENSOR_SHIFT
         row = tensors + tensor * TENSOR_WIDTH
         g_address = tl.load(grads + tensor)
-        numel = tl.load(row + NUMEL)
         access = tl.load(row + ACCESS)
         start = ((item >> 1) & CHUNK_MASK) * CHUNK
-        if (access == WIDE) & (start + CHUNK <= numel):
+        stop = tl.minimum(start + CHUNK, tl.load(row + NUMEL))
+        full = end_of_full_tiles(start, stop, access, TILE)
+        for tile in range(start, full, TILE):
             g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRAD_TYPE)), 16)
-            s, n = _sums(tl.load(g_ptr + start + tl.arange(0, CHUNK)).to(tl.float32))
-            squares += s
-            non_finite += n
-        else:
+            s, n = _measures(tl.load(g_ptr + tile + tl.arange(0, TILE)))
+            run_squares += sums_of_runs(s)
+            run_non_finite += sums_of_runs(n)
+        for piece in range(full, stop, PIECE):
             g_ptr = g_address.to(tl.pointer_type(GRAD_TYPE))
-            stop = tl.minimum(start + CHUNK, numel)
-            for piece in range(start, stop, PIECE):
-                at = piece + tl.arange(0, PIECE).to(tl.int64)
-                g_at = at
-                if access == STRIDED:
-                    _, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
-                s, n = _sums(tl.load(g_ptr + g_at, mask=at < stop, other=0.0).to(tl.float32))
-                squares += s
-                non_finite += n
-    tl.store(rows + 2 * program, squares)
-    tl.store(rows + 2 * program + 1, non_finite)
+            at = piece + tl.arange(0, PIECE).to(tl.int64)
+            g_at = at
+            if access == STRIDED:
+                _, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+            s, n = _measures(tl.load(g_ptr + g_at, mask=at < stop, other=0.0))
+            squares += tl.sum(s)
+            non_finite += tl.sum(n)
+    tl.store(rows + 2 * program, squares + tl.sum(run_squares))
+    tl.store(rows + 2 * program + 1, (non_finite + tl.sum(run_non_finite)).to(tl.float64))

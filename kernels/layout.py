@@ -54,9 +54,15 @@ STEP, LOSS_EMA, LOSS_DROP, SKIPPED_STEPS = range(4)
 #: What the flags of a step that is dropped are filled with: the ticket counter starts beyond every work list.
 DROPPED = 1 << 30
 
-#: Elements of a chunk, the unit of work, and warps of a program: 4096 float32 elements of 8 warps are 16 a thread, four
-#: 16-byte loads per tensor. Waits for a measurement.
-CHUNK, NUM_WARPS = 4096, 8
+#: Elements of a chunk, the unit of work, and of a tile, what a program has in its registers at a time; warps of a
+#: program. 2048 float32 elements of 8 warps are 8 a thread, two 16-byte loads per tensor. All wait for a measurement.
+CHUNK, TILE, NUM_WARPS = 8192, 2048, 8
+#: Tile of the scan, which has one tensor to load and no more than 80 registers.
+SCAN_TILE = 4096
+
+#: How Triton compiles the kernels: a * b + c stays two roundings, as in torch and in Triton's interpreter. The compiler
+#: would choose anew in every variant and branch which product of a * b + c * d to join, and so give them other bits.
+COMPILER_OPTIONS = {"enable_fp_fusion": False}
 
 #: Tensors that one program of ratios_of_norms serves.
 RATIOS_BLOCK = 256

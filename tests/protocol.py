@@ -1,7 +1,8 @@
 """A model of the fused pass's protocol, and an explorer that runs every interleaving of it. Pure Python, no device.
 
-Programs draw tickets from a counter. Stage A leaves a partial sum per chunk and arrives; the last to arrive adds the
-partials up and sets the tensor's ready flag. Stage B waits for the flag, reads the sums and writes its chunk of p.
+Programs draw tickets from a counter, each one ahead of the item that they work on. Stage A leaves a partial sum per
+chunk and arrives; the last to arrive adds the partials up and sets the tensor's ready flag. Stage B waits for the flag,
+reads the sums and writes its chunk of p.
 Each step named in `Protocol` is one atomic action; the actions of different programs interleave in any order.
 
 Memory is weak, along happens-before. A plain store belongs at first to the view of its program alone. A release adds
@@ -34,8 +35,9 @@ class Protocol:
     """The kernel's steps and memory orders. The defaults are the protocol; anything else is a broken one."""
 
     counter_is_atomic: bool = True
-    stage_a: tuple[str, ...] = ("store partial", "arrive", "store sums", "set ready")  # only the last goes on
-    stage_b: tuple[str, ...] = ("wait", "write p")
+    # Only the last to arrive goes on. A stage that does not draw ahead draws when it is done.
+    stage_a: tuple[str, ...] = ("store partial", "draw next", "arrive", "store sums", "set ready")
+    stage_b: tuple[str, ...] = ("draw next", "wait", "write p")
     arrives_last: Callable[[int, int, int], bool] = arrives_last
     arrival_releases: bool = True
     arrival_acquires: bool = True
@@ -45,8 +47,11 @@ class Protocol:
 
 class Program(NamedTuple):
     ticket: int  # or DRAWING or STOPPED
-    step: int  # next step of the ticket's stage, or BUMPING
+    step: (
+        int  # next step of the ticket's stage; -1 - step in the second half of a draw from a counter that is not atomic
+    )
     view: int  # bits of the stores that are visible to it
+    following: int = -1  # the ticket drawn ahead, DRAWING if none is, STOPPED if it lies beyond the list
 
 
 class Tensor(NamedTuple):
@@ -66,12 +71,11 @@ class State(NamedTuple):
 
 
 DRAWING, STOPPED = -1, -2
-BUMPING = -1  # the second half of a draw from a counter that is not atomic
 
 #: The actions whose order among the programs can change what happens. Any other, once enabled, stays enabled and does
 #: the same whatever the others do, and the others can at most be waiting for it. So it may as well come at once, alone:
 #: a persistent set of one, which keeps every fault and deadlock. None is put off for ever: each moves its program on.
-ORDERED = {"draw", "bump counter", "arrive"}
+ORDERED = {"draw", "draw next", "bump counter", "arrive"}
 
 
 class Fault(Exception):
@@ -159,7 +163,7 @@ class Explorer:
             return None
         if program.ticket == DRAWING:
             return "draw" if state.counter < len(items) else "stop"
-        if program.step == BUMPING:
+        if program.step < 0:
             return "bump counter"
         tensor, _, stage = items[program.ticket]
         action = self.steps[stage][program.step]
@@ -168,7 +172,7 @@ class Explorer:
     def after(self, state: State, program: Program, action: str) -> State:
         """The state after an enabled action of a program. Raises Fault if the action is wrong."""
         launch, counter, _, tensors, stored, drawn = state
-        ticket, step, view = program
+        ticket, step, view, following = program
         others = list(state.programs)
         others.remove(program)
         if action == "launch":
@@ -177,18 +181,26 @@ class Explorer:
         if action == "stop":
             return State(launch, counter, ranked(Program(STOPPED, 0, 0), others), tensors, stored, drawn)
         if action == "bump counter":
-            return State(launch, ticket + 1, ranked(Program(ticket, 0, view), others), tensors, stored, drawn)
+            taken = ticket if following == DRAWING else following
+            moved = Program(ticket, -1 - step, view, following)
+            return State(launch, taken + 1, ranked(moved, others), tensors, stored, drawn)
 
         items = self.launches[launch]
-        t, chunk, stage = items[counter if action == "draw" else ticket]
-        if action == "draw":
+        if action == "draw next" and counter >= len(items):
+            moved = Program(ticket, step + 1, view, STOPPED)
+            return State(launch, counter, ranked(moved, others), tensors, stored, drawn)
+        if action in ("draw", "draw next"):
+            t, chunk, stage = items[counter]
             item_bit = 1 << self.first[t] + chunk + stage * self.total
             if drawn & item_bit:
                 raise Fault("item done twice")
             atomic = self.protocol.counter_is_atomic
-            moved = Program(counter, 0 if atomic else BUMPING, view)
+            moved = Program(counter, 0, view) if action == "draw" else Program(ticket, step + 1, view, counter)
+            if not atomic:
+                moved = moved._replace(step=-1 - moved.step)
             return State(launch, counter + atomic, ranked(moved, others), tensors, stored, drawn | item_bit)
 
+        t, chunk, stage = items[ticket]
         partials = (1 << self.chunks[t]) - 1 << self.first[t]
         sums = 1 << self.total + t
         readable = -1  # mask of what someone may still read; the rest is forgotten, so that fewer states differ
@@ -222,15 +234,19 @@ class Explorer:
         elif action == "write p":
             need("sums", sums, stored, view)
             all_b_drawn = not partials & ~(drawn >> self.total)
-            if all_b_drawn and not any(other.ticket >= 0 and items[other.ticket][0] == t for other in others):
+            held = [of for other in (*others, program) for of in other[::3] if of >= 0]
+            held.remove(ticket)
+            if all_b_drawn and not any(items[of][0] == t for of in held):
                 readable = ~sums
         else:
             raise ValueError(action)
         stored |= view
-        moved = Program(ticket, step, view) if step < len(self.steps[stage]) else Program(DRAWING, 0, view)
+        moved = Program(ticket, step, view, following)
+        if step == len(self.steps[stage]):
+            moved = Program(following, 0, 0 if following == STOPPED else view)
         tensors = (*tensors[:t], Tensor(arrivals, arrivals_carry, ready, ready_carries), *tensors[t + 1 :])
         if self.reduced and readable != -1:
-            moved, *others = (Program(ticket, step, view & readable) for ticket, step, view in (moved, *others))
+            moved, *others = (some._replace(view=some.view & readable) for some in (moved, *others))
             tensors = tuple(Tensor(n, a & readable, is_set, r & readable) for n, a, is_set, r in tensors)
         return State(launch, counter, ranked(moved, others), tensors, stored, drawn)
 

@@ -73,7 +73,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
         patch.setattr(timing, "WARMUP_STEPS", 1)
         patch.setattr(gpu_jobs, "SWEEP_DTYPES", ("fp32",))
         patch.setattr(gpu_features, "SCAN_MODELS", ("resnet50",))
-        for name, values in (("CHUNKS", (64, 128)), ("WARPS", (4,)), ("PROGRAMS", (1, 2)), ("WINDOW_SHARES", (0.5,))):
+        changed: dict[str, tuple[float, ...]] = {"CHUNKS": (64, 128), "TILES": (32,), "WARPS": (4,), "PROGRAMS": (1, 2)}
+        for name, values in {**changed, "WINDOW_SHARES": (0.5,)}.items():
             patch.setattr(gpu_sweep, name, values)
         gpu.run(CpuMachine(), scale, path, workers=0)
     record: dict[str, Any] = json.loads(path.read_text())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_dals import DALS
 from fused_dals.buckets import CHUNK, WIDE_BYTES
-from fused_dals.fused import FusedPass
+from fused_dals.fused import TILE, FusedPass
 from fused_dals.gather import TensorBatch
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
@@ -119,7 +119,9 @@ def test_every_dtype(dtypes: tuple[torch.dtype, ...], stage_a_writes: bool, seed
     assert_as_exact_as_torch(Tensors([5, CHUNK, CHUNK + 9], dtypes), stage_a_writes)
 
 
-@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 5])
+@pytest.mark.parametrize(
+    "size", [0, 1, TILE - 1, TILE, TILE + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + TILE + 5]
+)
 def test_every_size_and_an_empty_tensor_last(size: int, seed: int) -> None:
     assert_as_exact_as_torch(Tensors([(3, 7), size, 0]))
 
@@ -217,7 +219,7 @@ def test_too_many_dimensions_are_refused_before_a_write(seed: int) -> None:
     assert optimizer.state_dict()["param_groups"][0]["loss_ema"] == 3.0
 
 
-SIZES = [3 * CHUNK + 5, 7, 0, CHUNK, 2 * CHUNK + 1, (9, 11), 1]
+SIZES = [3 * CHUNK + 5, 7, 0, CHUNK, CHUNK + TILE + 1, (9, 11), 1]
 
 
 def test_reruns_and_windows_give_the_same_bits(seed: int) -> None:

@@ -75,8 +75,9 @@ def expected(passing: FusedPass, launch: Launch, which: int) -> list[Any]:
     tensors = [bucket.tensors, bucket.grads, bucket.dims, bucket.blends, groups.scalars, work.items, bucket.partials]
     tensors += [passing._no_scan, bucket.ratios, bucket.arrivals, bucket.ready, bucket.counters[which], passing._seed]
     types = [fused._triton_dtype(dtype) for dtype in (param, grad, state)]
-    flags = [compensated, passing._unscale, False, bucket.chunk, passing.stage_a_writes, passing.evict_first]
-    return [*map(plain, tensors), work.count, *types, *flags]
+    flags = [compensated, passing._unscale, False]
+    shape = [bucket.chunk, fused.TILE, passing.stage_a_writes, passing.evict_first]
+    return [*map(plain, tensors), work.count, *types, *flags, *shape]
 
 
 @pytest.fixture

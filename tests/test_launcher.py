@@ -18,6 +18,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fused_dals.kernels import layout
 from fused_dals.launcher import Launcher
 from tests.test_codegen import ROOT, without_interpreter
 
@@ -157,7 +158,8 @@ class Compiled:
 def test_constants_keep_the_order_of_the_signature() -> None:
     kernel, launcher, x = Kernel(), Launcher(), torch.ones(2)
     again = [launcher.launch(kernel, 3, (x, count), num_warps=4, TYPE="t", WIDTH=7) for count in (1, 2)]
-    assert kernel.calls[0] == ("triton", (3,), (x, 1), {"TYPE": "t", "WIDTH": 7, "num_warps": 4})
+    options = {"num_warps": 4, **layout.COMPILER_OPTIONS}
+    assert kernel.calls[0] == ("triton", (3,), (x, 1), {"TYPE": "t", "WIDTH": 7, **options})
     assert kernel.calls[1] == ("compiled", (3, 1, 1), (x.data_ptr(), 2, 7, "t"))
     assert again[0] is None and again[1] is not None
     again[1]()

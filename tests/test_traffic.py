@@ -17,8 +17,8 @@ from bench.__main__ import main
 from bench.byte_table import STEP_DTYPES, least_bytes, uncached_bytes
 from bench.cache_model import PassPlan, Traffic, bounds, predict, window_chunks
 from bench.shapes import SHAPES
-from bench.traffic import Cell, ShareScore, best_share, cells_of, scores_of
-from fused_dals.buckets import WINDOW_SHARE_OF_L2
+from bench.traffic import Cell, Score, best_chunk, best_share, cells_of, scores_of
+from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
 from fused_dals.worklist import STAGE_A, work_list
 
 FP32 = STEP_DTYPES["fp32"]
@@ -163,7 +163,7 @@ def test_coarser_chunks_change_little(model: str, writes: bool) -> None:
 
 
 def test_windows_in_chunks() -> None:
-    assert window_chunks(0.5, 50 << 20, FP32) == 400
+    assert window_chunks(0.5, 50 << 20, FP32, 4096) == 400
     assert window_chunks(0, 50 << 20, FP32) == 0
     assert window_chunks(math.inf, 50 << 20, FP32) > 10**9
 
@@ -171,34 +171,38 @@ def test_windows_in_chunks() -> None:
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_window_in_use_follows_from_the_predictions() -> None:
-    """The committed predictions are those of the present code, and the default window follows from them."""
+def test_the_window_and_chunk_in_use_follow_from_the_predictions() -> None:
+    """The committed predictions are those of the present code, and the defaults follow from them."""
     record = json.loads(RESULTS.read_text())
     scores = [
-        ShareScore(**{**row, "window_share": math.inf if row["window_share"] is None else row["window_share"]})
-        for row in record["windows"]
+        Score(**{**row, "window_share": math.inf if row["window_share"] is None else row["window_share"]})
+        for row in record["plans"]
     ]
     assert {score.gpu for score in scores} == set(traffic.GPUS)
     assert best_share(scores) == record["best_window_share"] == WINDOW_SHARE_OF_L2
-    modes = list(cells_of("H100", [("resnet50", "fp32")], list(traffic.MODES), [WINDOW_SHARE_OF_L2], 50_000, lambda: 0))
+    assert best_chunk(scores) == record["best_chunk"] == CHUNK
+    plans = [(CHUNK, WINDOW_SHARE_OF_L2)]
+    modes = list(cells_of("H100", [("resnet50", "fp32")], list(traffic.MODES), plans, 50_000, lambda: 0))
     saved = [Cell(**row) for row in record["modes"] if (row["model"], row["dtypes"]) == ("resnet50", "fp32")]
     assert modes == saved
 
 
 def test_scores_are_means_and_losses_are_against_the_best_window() -> None:
-    def cell(share: float, model: str, predicted: float, waiting: float) -> Cell:
-        return Cell("A100", 0.9, model, "fp32", "A writes h and m", share, predicted, waiting, 28, 36)
+    def cell(share: float, model: str, predicted: float, waiting: float, slowness: float) -> Cell:
+        mode = "A writes h and m"
+        return Cell("A100", 0.9, model, "fp32", mode, CHUNK, share, predicted, waiting, slowness, 28, 36)
 
-    found = scores_of([cell(0, "a", 28, 0.5), cell(0, "b", 35, 0), cell(1, "a", 29.4, 0), cell(1, "b", 35, 0)])
+    first = [cell(0, "a", 28, 0.5, 2.0), cell(0, "b", 35, 0, 1.25)]
+    found = scores_of([*first, cell(1, "a", 29.4, 0, 1.05), cell(1, "b", 35, 0, 1.25)])
     assert [score.window_share for score in found] == [0, 1]
     assert found[0].excess == pytest.approx(1.125) and found[0].waiting == 0.25
-    assert [score.worst_loss for score in found] == pytest.approx([1, 1.05])
+    assert [score.worst_loss for score in found] == pytest.approx([2.0 / 1.05, 1])
     assert [score.slowness for score in found] == pytest.approx([1.625, 1.15])
     assert best_share(found) == 1
 
     # Of windows that are as fast the one that risks less.
-    def score(share: float, excess: float, waiting: float, slowness: float) -> ShareScore:
-        return ShareScore("A100", "A writes h and m", 0.9, share, excess, excess, waiting, slowness)
+    def score(share: float, excess: float, waiting: float, slowness: float) -> Score:
+        return Score("A100", "A writes h and m", 0.9, CHUNK, share, excess, excess, waiting, slowness)
 
     risky = score(1, 1.1, 0.0, 1.1)
     assert best_share([score(0, 1.0, 0.1, 1.104), risky]) == 0
@@ -207,7 +211,7 @@ def test_scores_are_means_and_losses_are_against_the_best_window() -> None:
 
 def test_marks_that_are_ignored_count_as_a_case_of_their_own() -> None:
     def cell(mode: str, share: float, predicted: float) -> Cell:
-        return Cell("A100", 0.9, "a", "fp32", mode, share, predicted, 0.0, 28, 36)
+        return Cell("A100", 0.9, "a", "fp32", mode, CHUNK, share, predicted, 0.0, predicted / 28, 28, 36)
 
     kept, ignored = traffic.WINDOW_MODES
     found = scores_of([cell(kept, 0, 28), cell(kept, 1, 28), cell(ignored, 0, 29), cell(ignored, 1, 36)])
@@ -225,5 +229,5 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "PREDICTED" in printed and "resnet50" in printed and "all A first" in printed
     record = json.loads(out.read_text())
     assert record["predicted"] is True and len(record["modes"]) == 3 * 3 * 2
-    assert len(record["windows"]) == 2 * 2 * 2 * len(traffic.WINDOW_SHARES)
+    assert len(record["plans"]) == 2 * 2 * 2 * (len(traffic.WINDOW_SHARES) + len(traffic.CHUNKS) - 1)
     assert {row["predicted"] for row in record["modes"] if row["dtypes"] == "fp32"} == {28.0}

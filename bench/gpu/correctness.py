@@ -75,7 +75,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def grid(chunk: int, many: int) -> list[Spec]:
     """Tensors of every size, alignment and stride that matters; ``many`` chunks in the largest one."""
-    sizes = (1, chunk - 1, chunk, chunk + 1, 0, 3 * chunk, many * chunk + 5)
+    sizes = (1, chunk // 2 + 1, chunk - 1, chunk, chunk + 1, 0, 3 * chunk, many * chunk + 5)
     specs = [Spec((size,)) for size in sizes] + [Spec(()), Spec((3, 0, 2))]
     for offsets in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 1, 5)):
         specs.append(Spec((2 * chunk + 3,), "plain", "plain", *offsets))

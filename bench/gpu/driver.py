@@ -23,14 +23,19 @@ from fused_dals.run_state import RunState, StepInputs
 
 @dataclass(frozen=True)
 class Plan:
-    """What is free to choose about a launch; none of it may change a result. ``window`` counts chunks."""
+    """What is free to choose about a launch; none of it may change a result. ``window`` counts chunks.
+
+    A tile larger than the chunk becomes the chunk.
+    """
 
     chunk: int = CHUNK
+    tile: int = fused.TILE
     window: int | None = None
     stage_a_writes: bool = True
     evict_first: bool = True
     num_warps: int = fused.NUM_WARPS
     programs_per_sm: int = fused.PROGRAMS_PER_SM
+    max_registers: int | None = None
 
 
 @dataclass
@@ -66,9 +71,7 @@ class PassDriver:
         self.plan = plan
         self.group = group
         device = tensors.params[0].device
-        self.fused_pass = FusedPass(
-            device, window=plan.window, stage_a_writes=plan.stage_a_writes, evict_first=plan.evict_first
-        )
+        self.fused_pass = FusedPass(device, plan.window, plan.stage_a_writes, plan.evict_first, plan.max_registers)
         param, grad, state_dtype = tensors.dtypes
         self.fused_pass.buckets[param, grad, state_dtype, False] = Bucket(device, chunk=plan.chunk, window=plan.window)
         state = {
@@ -92,12 +95,13 @@ class PassDriver:
 
 @contextmanager
 def _launch_shape(plan: Plan) -> Iterator[None]:
-    before = fused.NUM_WARPS, fused.PROGRAMS_PER_SM
+    before = fused.TILE, fused.NUM_WARPS, fused.PROGRAMS_PER_SM
+    fused.TILE = min(plan.tile, plan.chunk)
     fused.NUM_WARPS, fused.PROGRAMS_PER_SM = plan.num_warps, plan.programs_per_sm
     try:
         yield
     finally:
-        fused.NUM_WARPS, fused.PROGRAMS_PER_SM = before
+        fused.TILE, fused.NUM_WARPS, fused.PROGRAMS_PER_SM = before
 
 
 def compile_variant(device: torch.device, dtypes: Dtypes, plan: Plan) -> None:

@@ -65,7 +65,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
     for row in sorted(rows, key=lambda row: (row.model, row.dtypes, row.device_s.median if row.device_s else 0.0)):
         share = "default" if row.window_share is None else f"{row.window_share:g}"
         plan = row.plan
-        settings = [str(plan["chunk"]), str(plan["num_warps"]), str(plan["programs_per_sm"]), share]
+        settings = [str(plan[name]) for name in ("chunk", "tile", "num_warps", "programs_per_sm")] + [share]
         settings += ["A" if plan["stage_a_writes"] else "B", "yes" if plan["evict_first"] else "no"]
         if row.device_s is None:
             failures.append(f"{row.model} {row.dtypes} {', '.join(settings)} failed: {row.error}")
@@ -75,6 +75,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
     header = [
         "sweep",
         "chunk",
+        "tile",
         "warps",
         "programs/SM",
         "window x L2",

@@ -1,10 +1,11 @@
-"""The tuning sweep: chunk and warps, then programs, then window, writes and marks, each at the best so far."""
+"""The tuning sweep: chunk, tile and warps, then programs, then window, writes and marks, each at the best so far."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from bench.byte_table import SHORT_NAMES, Dtypes
@@ -16,8 +17,10 @@ from bench.machine import Machine
 from bench.shapes import NamedShape
 from bench.timing import Sampler, Spread, make_parameters, one_line
 
-CHUNKS, WARPS, PROGRAMS = (2048, 4096, 8192), (4, 8, 16), (1, 2, 3, 4)
+CHUNKS, TILES, WARPS, PROGRAMS = (4096, 8192, 16384), (2048, 4096), (4, 8), (1, 2, 3, 4)
 WINDOW_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, math.inf)
+#: 32-bit registers of a multiprocessor, of every NVIDIA GPU that the kernels run on.
+REGISTERS_PER_SM = 65536
 #: Whether stage A writes h and m, and whether data that is not needed again is marked "evict first".
 WRITES_AND_MARKS = ((True, True), (True, False), (False, True))
 
@@ -34,12 +37,24 @@ class SweepRow:
     error: str | None = None
 
 
+def fitting(plan: Plan) -> Plan:
+    """With registers for all its programs per SM, where these, or a thread's share of a tile, are more than by default.
+
+    The compiler would take more, for larger tiles up to 179 a thread, and the programs would run one after the other.
+    """
+    usual = Plan()
+    same_tile = plan.tile * usual.num_warps <= usual.tile * plan.num_warps
+    if same_tile and plan.num_warps * plan.programs_per_sm <= usual.num_warps * usual.programs_per_sm:
+        return replace(plan, max_registers=None)
+    return replace(plan, max_registers=min(255, REGISTERS_PER_SM // (32 * plan.num_warps * plan.programs_per_sm)))
+
+
 def compiled_variants() -> list[Plan]:
     """The plans of a sweep that differ in machine code and are worth compiling ahead.
 
     The other ways of writing and marking are tried with one chunk and number of warps, most likely the default ones.
     """
-    shapes = [Plan(chunk=chunk, num_warps=warps) for chunk in CHUNKS for warps in WARPS]
+    shapes = [fitting(Plan(chunk=c, tile=t, num_warps=w)) for c, t, w in product(CHUNKS, TILES, WARPS)]
     ways = [Plan(stage_a_writes=writes, evict_first=marks) for writes, marks in WRITES_AND_MARKS]
     return list(dict.fromkeys([*shapes, *ways]))
 
@@ -62,9 +77,10 @@ def sweep(
 
     def stages(stage: int, plan: Plan, share: float | None) -> Iterator[tuple[Plan, float | None]]:
         if stage == 0:
-            yield from ((replace(plan, chunk=chunk, num_warps=w), share) for chunk in CHUNKS for w in WARPS)
+            shapes = product(CHUNKS, TILES, WARPS)
+            yield from ((fitting(replace(plan, chunk=c, tile=t, num_warps=w)), share) for c, t, w in shapes)
         elif stage == 1:
-            yield from ((replace(plan, programs_per_sm=programs), share) for programs in PROGRAMS)
+            yield from ((fitting(replace(plan, programs_per_sm=programs)), share) for programs in PROGRAMS)
         else:
             plans = (replace(plan, stage_a_writes=a, evict_first=marks) for a, marks in WRITES_AND_MARKS)
             yield from ((other, s) for other in plans for s in WINDOW_SHARES)

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from bench.byte_table import STEP_DTYPES
-from bench.cache_model import PassPlan, predict, window_chunks
+from bench.cache_model import PassPlan, bounds, predict, window_chunks
 from bench.contenders import BASELINE, FUSED
 from bench.host import cost_table
 from bench.report.results import Results, StepFile
@@ -163,9 +163,11 @@ def _predicted_beside_measured(found: StepFile) -> Iterator[list[str]]:
             continue
         dtypes = STEP_DTYPES[row.dtypes]
         sizes = tuple(math.prod(shape) for _, shape in SHAPES[row.model]())
-        plan = PassPlan(sizes, dtypes, window_chunks(share, l2_bytes, dtypes), programs=programs, **used)
+        window = window_chunks(share, l2_bytes, dtypes, used["chunk"])
+        plan = PassPlan(sizes, dtypes, window, programs=programs, bandwidth=found.copy_bandwidth, **used)
         predicted = predict(plan.coarser(MOST_CHUNKS), *(int(usable * l2_bytes) for usable in USABLE))
-        times = [f"{1e3 * traffic.memory_bytes / found.copy_bandwidth:.3f}" for traffic in predicted]
+        fastest = bounds(plan)[0] * sum(sizes) / found.copy_bandwidth
+        times = [f"{1e3 * traffic.slowness * fastest:.3f}" for traffic in predicted]
         moved = [f"{traffic.per_parameter:.1f}" for traffic in predicted]
         measured = f"{1e3 * row.device_s.median:.3f}"
         yield [f"{row.model} {row.dtypes}", " to ".join(moved), " to ".join(times), measured]
@@ -198,13 +200,19 @@ def traffic_block(results: Results) -> str:
         return "Nothing was predicted yet: `python -m bench traffic --json bench/results/traffic.json`."
     cells = [cell for cell in results.traffic["modes"] if cell["dtypes"] == "fp32"]
     models = list(dict.fromkeys(cell["model"] for cell in cells))
+    modes = list(dict.fromkeys(cell["mode"] for cell in cells))
     found = {(cell["mode"], cell["model"], cell["usable"]): cell for cell in cells}
-    full, less = USABLE
-    rows = []
-    for mode in dict.fromkeys(cell["mode"] for cell in cells):
-        pairs = [(found[mode, model, full]["predicted"], found[mode, model, less]["predicted"]) for model in models]
-        limit = f"{found[mode, models[0], full]['uncached']:.0f}"
-        rows.append([mode, limit, *(f"{one:.1f} ({other:.1f})" for one, other in pairs)])
-    intro = f"PREDICTED bytes per float32 parameter, {found[mode, models[0], full]['least']:.0f} at least. "
+
+    def pairs(mode: str, figure: str, digits: int) -> list[str]:
+        both = [[f"{found[mode, model, usable][figure]:.{digits}f}" for usable in USABLE] for model in models]
+        return [f"{full} ({less})" for full, less in both]
+
+    moved = [
+        [mode, f"{found[mode, models[0], USABLE[0]]['uncached']:.0f}", *pairs(mode, "predicted", 1)] for mode in modes
+    ]
+    times = [[mode, *pairs(mode, "slowness", 2)] for mode in modes]
+    intro = f"PREDICTED bytes per float32 parameter, {cells[0]['least']:.0f} at least. "
     assumptions = f"{results.traffic['assumptions']}; [all predictions](../bench/results/traffic.json):"
-    return f"{intro}{assumptions}\n\n{markdown_table(['', 'no cache', *models], rows)}"
+    blocks = [intro + assumptions, markdown_table(["", "no cache", *models], moved)]
+    blocks += ["PREDICTED time over that of the least bytes at full bandwidth:", markdown_table(["", *models], times)]
+    return "\n\n".join(blocks)

@@ -1,8 +1,8 @@
 """What the fused pass moves to and from memory and how long it takes, PREDICTED: its work list replayed.
 
-Time: programs draw items in ticket order. Memory serves them one after the other, in that order, at its bandwidth; an
-item takes that long and no less than its latencies, which are ASSUMED: ITEM_SECONDS and TILE_SECONDS. Stage B waits
-for its tensor's last stage A item. So the order in which memory is touched is that of the items' starts.
+Time: programs draw items in ticket order, each one ahead. Memory serves them in the order in which they begin, at its
+bandwidth; an item takes that long and no less than its latencies, which are ASSUMED: ITEM_SECONDS and TILE_SECONDS.
+Stage B waits for its tensor's last stage A item, and begins then.
 
 Bytes: the cache is fully associative, replaces what was used least recently, and holds all of a chunk's tensors or
 none: p, g, h and m of 8192 float32 elements are 128 KiB of some 50 MB. It is empty when the step begins, as a backward
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from heapq import heapreplace
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,10 @@ ITEM_SECONDS = (1.3e-6, 0.7e-6)
 #: Of a tile, whose loads are under way together: from memory, and from the L2 cache, where the machine code loads the
 #: next one before it stores.
 TILE_SECONDS = (0.8e-6, 0.2e-6)
+
+
+#: What happens to an item: it is taken up, its trust ratio is there, it is done.
+BEGINS, GOES_ON, ENDS = range(3)
 
 
 @dataclass(frozen=True)
@@ -176,22 +180,40 @@ def _in_order_of_starts(plan: PassPlan, items: _Items) -> tuple[Sequence[int], f
     Time is counted in bytes that memory could move.
     """
     moved, at_least = _durations(plan, items)
-    free, ready = [0.0] * plan.programs, [0.0] * items.tensors
-    starts, waited, worked, memory = [], 0.0, 0.0, 0.0
-    for ticket, (tensor, stage) in enumerate(zip(items.tensor, items.stage, strict=True)):
-        start = free[0]
-        if stage and ready[tensor] > start:
-            waited += ready[tensor] - start
-            start = ready[tensor]
-        memory = max(memory, start) + moved[ticket]
-        end = max(memory, start + at_least[ticket])
-        heapreplace(free, end)
-        if not stage and end > ready[tensor]:
-            ready[tensor] = end
-        worked += end - start
-        starts.append(start)
-    order: Any = np.argsort(np.array(starts), kind="stable")
-    return order.tolist(), waited / max(1.0, waited + worked), max(free)
+    count, drawn = len(items.tensor), min(plan.programs, len(items.tensor))
+    chunks_left = [0] * items.tensors
+    for tensor, stage in zip(items.tensor, items.stage, strict=True):
+        chunks_left[tensor] += not stage
+    following = [count] * plan.programs  # tickets drawn ahead
+    waiting: dict[int, list[tuple[float, int, int]]] = {}
+    events = [(0.0, program, program, BEGINS) for program in range(drawn)]
+    order: list[int] = []
+    waited = worked = memory = time = 0.0
+    while events:
+        time, program, ticket, event = heappop(events)
+        tensor, stage = items.tensor[ticket], items.stage[ticket]
+        # Stage A draws when it is done, stage B when it looks at the flag.
+        if (event == ENDS) != stage and event != GOES_ON:
+            following[program] = drawn
+            drawn += 1
+        if event == ENDS:
+            if not stage:
+                chunks_left[tensor] -= 1
+                if not chunks_left[tensor]:
+                    for since, other, held in waiting.pop(tensor, ()):
+                        waited += time - since
+                        heappush(events, (time, other, held, GOES_ON))
+            if following[program] < count:
+                heappush(events, (time, program, following[program], BEGINS))
+        elif stage and chunks_left[tensor]:
+            waiting.setdefault(tensor, []).append((time, program, ticket))
+        else:
+            order.append(ticket)
+            memory = max(memory, time) + moved[ticket]
+            end = max(memory, time + at_least[ticket])
+            worked += end - time
+            heappush(events, (end, program, ticket, ENDS))
+    return order, waited / max(1.0, waited + worked), time
 
 
 def _missed_elements(plan: PassPlan, items: _Items, order: Sequence[int], cache_bytes: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import fused_dals
 from bench import extras, record
@@ -20,6 +20,9 @@ from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
 from fused_dals.fused import PROGRAMS_PER_SM
 
 MIB = 1 << 20
+
+
+Choice = TypeVar("Choice", int, float)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Score:
-    """A chunk and window, over all lists and dtypes of one GPU and mode: means, and the worst loss of time."""
+    """A chunk and window, over all lists and dtypes of one GPU and mode: means, and the worst loss of time
+    against the best of all chunks and windows."""
 
     gpu: str
     mode: str
@@ -207,10 +211,10 @@ def best_share(scores: Sequence[Score]) -> float:
 
 def best_chunk(scores: Sequence[Score]) -> int:
     """The chunk to take with the window in use."""
-    return int(_best({c: [s for s in scores if (s.chunk, s.window_share) == (c, WINDOW_SHARE_OF_L2)] for c in CHUNKS}))
+    return _best({c: [s for s in scores if (s.chunk, s.window_share) == (c, WINDOW_SHARE_OF_L2)] for c in CHUNKS})
 
 
-def _best(members: dict[Any, list[Score]]) -> float:
+def _best(members: dict[Choice, list[Score]]) -> Choice:
     """Of what is about the least slow, in the mean over all GPUs and usable shares, the one that risks least.
 
     What counts alike: every GPU, both usable shares, marks heeded and ignored. How much of the cache serves is not
@@ -219,7 +223,7 @@ def _best(members: dict[Any, list[Score]]) -> float:
     slowness = {choice: fmean(s.slowness for s in some) for choice, some in members.items() if some}
     risk = {choice: max(s.worst_loss for s in some) for choice, some in members.items() if some}
     equal = [choice for choice in slowness if slowness[choice] <= EQUALLY_SLOW * min(slowness.values())]
-    return float(min(equal, key=lambda choice: (risk[choice], slowness[choice])))
+    return min(equal, key=lambda choice: (risk[choice], slowness[choice]))
 
 
 def mode_tables(cells: Sequence[Cell]) -> str:

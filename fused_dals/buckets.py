@@ -23,7 +23,7 @@ from fused_dals.worklist import STAGE_B, packed_chunks, packed_work_list
 
 CHUNK: int = layout.CHUNK
 
-#: Bytes between stages A and B of a tensor, as a share of the L2 cache. Not measured: from 7/16 to 3/4 `python -m bench
+#: Bytes between stages A and B of a tensor, as a share of the L2 cache. Not measured: from 3/8 to 3/4 `python -m bench
 #: traffic` predicts the same speed to a percent, over eight models, six GPUs, 60 or 90 % of the cache usable, and
 #: marks heeded or not. This one loses least in the worst of all cases.
 WINDOW_SHARE_OF_L2 = 0.5625
@@ -64,7 +64,9 @@ class Bucket:
     """The tables, work list and scratch memory of one launch; they live until the tensors change."""
 
     def __init__(self, device: torch.device, chunk: int = CHUNK, window: int | None = None) -> None:
-        """``window``: chunks between stages A and B, chosen from the device's L2 cache where None."""
+        """``chunk``: elements, a power of two (random bits take the upper half of an index from its chunk); ``window``:
+        chunks between stages A and B, chosen from the device's L2 cache where None."""
+        assert chunk & (chunk - 1) == 0, chunk
         self.device = device
         self.chunk = chunk
         self.fixed_window = window

@@ -13,7 +13,7 @@ from fused_dals import host
 from fused_dals.capture import is_capturing
 from fused_dals.host import table_on
 from fused_dals.kernels import layout
-from fused_dals.live_groups import GroupsVersion
+from fused_dals.live_groups import GroupsVersion, are_numbers
 
 _NO_MAX_GRAD_NORM = -1.0
 
@@ -40,7 +40,7 @@ class GroupTable:
         if version == self._version and not any(self._addresses):
             return
         given = [group["lr"] for group in groups]
-        numbers = set(map(type, given)) == {float}
+        numbers = are_numbers(given)
         addresses = [0] * len(given) if numbers else [self._lr_address(index, lr) for index, lr in enumerate(given)]
         if version == self._version and addresses == self._addresses:
             return

@@ -163,10 +163,15 @@ def _same(group: Mapping[str, Any], seen: _Seen) -> bool:
     return names is None or _frozen(names) == seen.names  # they may have changed in place
 
 
+def are_numbers(lrs: Sequence[Any]) -> bool:
+    """Whether these are what schedulers write."""
+    return set(map(type, lrs)) == {float}
+
+
 def _are_sound_numbers(lrs: Sequence[Any]) -> bool:
-    """Whether these are what schedulers write: 40 ns each, where check_lr takes 1 us. It decides about all others."""
+    """40 ns for each, where check_lr takes 1 us, which decides about all others."""
     # What is not finite makes the sum so.
-    return set(map(type, lrs)) == {float} and min(lrs) >= 0 and math.isfinite(sum(lrs))
+    return are_numbers(lrs) and min(lrs) >= 0 and math.isfinite(sum(lrs))
 
 
 def _number_on_host(lr: Any) -> float | None:

@@ -4,11 +4,11 @@
     between   r <- clamp(gamma ||p|| / ||u||), 1 where a norm is 0, by the last chunk of a tensor to arrive
     stage B   m <- mu m + u;  p <- p - eta r m
 
-Persistent programs draw items (tensor, chunk, stage) from an atomic ticket counter, in list order, each one ahead: a
-ticket takes as long as the memory that it would wait for. A stage B item waits for its tensor's ratio; that only ever
-depends on items with lower tickets, which running programs hold and work on in order, so that no number of resident
-programs is needed for progress. Partials are added in index order by one program: no float atomics,
-the same bits at every run.
+Persistent programs draw items (tensor, chunk, stage) from an atomic ticket counter, in list order, each one ahead:
+drawing takes as long as an access to memory, and so is done while stores or a flag are waited for anyway. A stage B
+item waits for its tensor's ratio; that only ever depends on items with lower tickets, which running programs hold and
+work on in order, so that no number of resident programs is needed for progress. Partials are added in index order by
+one program: no float atomics, the same bits at every run.
 
 A chunk is the unit of work, of drawing, arriving and waiting; a tile is what a program has in its registers at a time.
 

@@ -45,13 +45,14 @@ class Protocol:
     wait_acquires: bool = True
 
 
+DRAWING, STOPPED = -1, -2
+
+
 class Program(NamedTuple):
     ticket: int  # or DRAWING or STOPPED
-    step: (
-        int  # next step of the ticket's stage; -1 - step in the second half of a draw from a counter that is not atomic
-    )
+    step: int  # next step of the ticket's stage; -1 - step in the second half of a draw that is not atomic
     view: int  # bits of the stores that are visible to it
-    following: int = -1  # the ticket drawn ahead, DRAWING if none is, STOPPED if it lies beyond the list
+    following: int = DRAWING  # the ticket drawn ahead, if any; STOPPED if it lies beyond the list
 
 
 class Tensor(NamedTuple):
@@ -69,8 +70,6 @@ class State(NamedTuple):
     stored: int  # what is stored, visible or not
     drawn: int  # bits of the items drawn so far
 
-
-DRAWING, STOPPED = -1, -2
 
 #: The actions whose order among the programs can change what happens. Any other, once enabled, stays enabled and does
 #: the same whatever the others do, and the others can at most be waiting for it. So it may as well come at once, alone:
@@ -234,7 +233,7 @@ class Explorer:
         elif action == "write p":
             need("sums", sums, stored, view)
             all_b_drawn = not partials & ~(drawn >> self.total)
-            held = [of for other in (*others, program) for of in other[::3] if of >= 0]
+            held = [of for other in (*others, program) for of in (other.ticket, other.following) if of >= 0]
             held.remove(ticket)
             if all_b_drawn and not any(items[of][0] == t for of in held):
                 readable = ~sums

@@ -98,8 +98,9 @@ def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> N
     assert "read plus written: 4000.0 GB/s, the best of 2 samples (median 3500.0)" in page
     line = next(line for line in page.splitlines() if line.startswith("| resnet50 fp32 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    # 28 bytes of 25.6 million parameters at 4 TB/s.
-    assert cells[1] == "28.0 to 28.0" and cells[2] == "0.179 to 0.179" and cells[3] == "0.500"
+    # 28 bytes of 25.6 million parameters at 4 TB/s take 0.179 ms, and latencies make it a little more.
+    least, most = (float(time) for time in cells[2].split(" to "))
+    assert cells[1] == "28.0 to 28.0" and 0.179 <= least == most < 0.2 and cells[3] == "0.500"
     assert page.count("PREDICTED") == 2
 
 

@@ -67,7 +67,7 @@ def test_nothing_spills_and_registers_stay_in_bounds(compiled: list[tuple[str, M
         assert code.registers <= MOST_REGISTERS, (code.target, code.registers)
 
 
-def test_full_chunks_move_in_accesses_of_128_bits(compiled: list[tuple[str, MachineCode]]) -> None:
+def test_full_tiles_move_in_accesses_of_128_bits(compiled: list[tuple[str, MachineCode]]) -> None:
     """Every access of the unmasked path, and there are some: a mask from a loaded length would make them all narrow."""
     for code in passes(compiled, *NVIDIA):
         for operation in ("load", "store"):

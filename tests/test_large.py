@@ -17,6 +17,7 @@ from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
+from fused_dals.rounding import Rounding, place_key, random_bits, step_seed, stochastic_bfloat16
 from fused_dals.run_state import RunState, StepInputs
 from fused_dals.worklist import STAGE_A, STAGE_B, packed_work_list, stage_order
 
@@ -185,3 +186,24 @@ def test_the_kernel_beyond_32_bits(
             changed = (tensor[window] != was).nonzero().flatten() + window.start
             assert bool(torch.isin(changed // CHUNK, inside).all())
             assert which == 1 or window.stop < numel or len(changed) > CHUNK
+
+
+@pytest.mark.parametrize("stage_a_writes", [True, False])
+def test_random_bits_beyond_32_bits(stage_a_writes: bool, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """State in bfloat16 is rounded by all bits of an element's index, as rounding.py does it."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's work: a GPU has memory for the real thing")
+    import triton.language as tl
+
+    monkeypatch.setattr("fused_dals.kernels.fused_pass.PARTIALS_PER_TURN", tl.constexpr(1 << 17))
+    numel = 2**32 + 2 * CHUNK + 77
+    chunks = [2**32 // CHUNK - 1, 2**32 // CHUNK, 2**32 // CHUNK + 1, numel // CHUNK]
+    p, g, h, m = (virtual(numel, 0, dtype) for dtype in (BF16, F32, BF16, BF16))
+    window = slice(chunks[0] * CHUNK, numel)
+    g[window], h[window] = torch.randn(numel - window.start), torch.randn(numel - window.start).to(BF16)
+    exact = 0.3 * h[window].float() + torch.tensor(1 - 0.3) * g[window]
+    run_chunks(p, g, h, m, chunks, stage_a_writes)
+    rounding = Rounding(place_key(0, 0), step_seed(torch.zeros(())))
+    bits = [random_bits(*ends, rounding) for ends in ((window.start, 2**32), (2**32, numel))]
+    assert torch.equal(h[window], stochastic_bfloat16(exact, torch.cat(bits) & 0xFFFF))

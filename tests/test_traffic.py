@@ -88,6 +88,32 @@ def test_waiting(programs: int) -> None:
     assert wide.waiting <= found.waiting
 
 
+def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 float32 elements stage A moves 240 bytes and stage B 40, at 1 byte a second."""
+    monkeypatch.setattr("bench.cache_model.ITEM_SECONDS", (200.0, 100.0))
+    monkeypatch.setattr("bench.cache_model.TILE_SECONDS", (50.0, 20.0))
+    everything = 10**6  # of cache
+    one = plan([10], bandwidth=1.0)
+    assert traffic_of(one, everything).slowness == pytest.approx((250 + 120) / 280)
+    assert traffic_of(one, 0).slowness == pytest.approx((250 + 120 + 80) / 280)
+    assert traffic_of(plan([10], bandwidth=1.0, tile=4), everything).slowness == pytest.approx((350 + 160) / 280)
+    # At half the speed latencies hide behind the bytes of stage A.
+    assert traffic_of(plan([10], bandwidth=0.5), everything).slowness == pytest.approx((240 + 60) / 280)
+    # Memory serves one after the other; nobody waits for anything else.
+    two = traffic_of(plan([10, 10], window=2, programs=2), everything)
+    assert (two.slowness, two.waiting) == (1.0, 0.0)
+
+
+def test_a_program_that_waits_holds_the_ticket_that_it_drew_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.cache_model.ITEM_SECONDS", (200.0, 100.0))
+    monkeypatch.setattr("bench.cache_model.TILE_SECONDS", (50.0, 20.0))
+    # The first program is done with its chunk at 250, takes up stage B, draws the other one ahead and waits until 480;
+    # there is nothing left for the second program, and the first needs 120 for each.
+    found = traffic_of(plan([20], programs=2, bandwidth=1.0), 10**6)
+    assert found.slowness == pytest.approx((480 + 120 + 120) / 560)
+    assert found.waiting == pytest.approx(230 / (230 + 250 + 480 + 120 + 120))
+
+
 def least_recently_used(replayed: PassPlan, cache: int) -> int:
     """The same for one program, written down again: a dictionary of every tensor's chunks."""
     p, g, state = (dtype.itemsize for dtype in replayed.dtypes)
@@ -154,11 +180,13 @@ def test_within_bounds_and_falling_with_the_cache(
 @pytest.mark.parametrize(("model", "writes"), [("vit_l_16", True), ("gpt2", False)])
 def test_coarser_chunks_change_little(model: str, writes: bool) -> None:
     sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
-    fine = PassPlan(sizes, FP32, window_chunks(0.5, 50 << 20, FP32), stage_a_writes=writes, programs=264)
+    window = window_chunks(0.5, 50 << 20, FP32)
+    fine = PassPlan(sizes, FP32, window, stage_a_writes=writes, programs=264, bandwidth=3.35e12)
     coarse = fine.coarser(15_000)
     assert coarse.chunk > fine.chunk
     one, other = (traffic_of(replayed, 30_000_000) for replayed in (fine, coarse))
     assert one.per_parameter == pytest.approx(other.per_parameter, rel=0.01)
+    assert one.slowness == pytest.approx(other.slowness, rel=0.01)
     assert one.waiting == pytest.approx(other.waiting, abs=0.015)
 
 

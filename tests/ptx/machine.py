@@ -29,22 +29,8 @@ WARP = 32
 LOCAL = 64  # bytes of local memory of each thread
 LEFT_OUT = 0xDEADBEEFDEADBEEF  # in registers of threads that an instruction left out
 ACQUIRES, RELEASES = ("acquire", "acq_rel"), ("release", "acq_rel")
-ACCESS_PARTS = {
-    "ld",
-    "st",
-    "atom",
-    "global",
-    "shared",
-    "local",
-    "gpu",
-    "nc",
-    "v2",
-    "v4",
-    "add",
-    "exch",
-    "L1::evict_first",
-}
-ACCESS_PARTS |= {"L2::cache_hint", "relaxed", *ACQUIRES, *RELEASES}
+ACCESS_PARTS = {"ld", "st", "atom", "global", "shared", "local", "gpu", "nc", "v2", "v4", "add", "exch", "relaxed"}
+ACCESS_PARTS |= {"L1::evict_first", "L2::cache_hint", *ACQUIRES, *RELEASES}
 SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
 
 
@@ -342,8 +328,7 @@ class Program:
         for chosen, region in memory.at(addresses, width * access.count):
             least = UNWRITTEN if write and not atomic else WRITTEN
             cells, elements = region.cells(addresses[chosen], width, access.count, least)
-            if self.launch.watched:
-                self._tell(access, region, lanes[chosen], cells, write, atomic)
+            self._tell(access, region, lanes[chosen], cells, write, atomic)
             if write:
                 region.status[cells] = WRITTEN
             yield chosen, region.views[width], elements
@@ -359,7 +344,6 @@ class Launch:
     memory: Memory
     arguments: Sequence[int]
     programs: int
-    watched: bool = True  # for races
     executed: Array = field(init=False)  # how often each instruction
 
     def __post_init__(self) -> None:

@@ -10,8 +10,8 @@ pass leaves it. What is written is written back once: no tensor is written twice
 is added to the time as if memory were busy anyway.
 
 Not in the model: that tails, and tensors of odd addresses or strides, are not marked; sets and hashes of addresses,
-halves of an L2 that may hold a line twice, sectors, the tables (2 bytes per 1000 parameters), and that a hit is faster
-than a miss. Hashes and halves are why a smaller cache should be tried too.
+halves of an L2 that may hold a line twice, sectors, the work list and the partial sums (4 bytes per 1000
+parameters), and the latency of what stage B misses. Hashes and halves are why a smaller cache should be tried too.
 """
 
 from __future__ import annotations
@@ -35,14 +35,12 @@ from fused_dals.worklist import packed_work_list
 
 Integers = NDArray[np.int64]
 
-
 #: Of an item of stage A and of stage B, beside its tiles: reading the tensor's row, then drawing the next ticket while
 #: stores are on their way and arriving behind them, or looking at a flag.
 ITEM_SECONDS = (1.3e-6, 0.7e-6)
 #: Of a tile, whose loads are under way together: from memory, and from the L2 cache, where the machine code loads the
 #: next one before it stores.
 TILE_SECONDS = (0.8e-6, 0.2e-6)
-
 
 #: What happens to an item: it is taken up, its trust ratio is there, it is done.
 BEGINS, GOES_ON, ENDS = range(3)
@@ -193,7 +191,7 @@ def _in_order_of_starts(plan: PassPlan, items: _Items) -> tuple[Sequence[int], f
         time, program, ticket, event = heappop(events)
         tensor, stage = items.tensor[ticket], items.stage[ticket]
         # Stage A draws when it is done, stage B when it looks at the flag.
-        if (event == ENDS) != stage and event != GOES_ON:
+        if event == (BEGINS if stage else ENDS):
             following[program] = drawn
             drawn += 1
         if event == ENDS:

@@ -211,7 +211,7 @@ def end_of_full_tiles(start, stop, access, TILE: tl.constexpr):
 
 
 @triton.jit
-def strided_offsets(at, dims):
+def _strided_offsets(at, dims):
     """Offsets of elements in parameter and gradient from their index in the state, innermost dimension first."""
     p_at = tl.zeros_like(at)
     g_at = tl.zeros_like(at)
@@ -222,6 +222,17 @@ def strided_offsets(at, dims):
         p_at += index * tl.load(dims + MAX_DIMS + dim)
         g_at += index * tl.load(dims + 2 * MAX_DIMS + dim)
     return p_at, g_at
+
+
+@triton.jit
+def offsets_of_piece(piece, stop, access, dims, row):
+    """Of the masked loop: indices in the state, which of them exist, offsets in parameter and gradient."""
+    at = piece + tl.arange(0, PIECE).to(tl.int64)
+    p_at = at
+    g_at = at
+    if access == STRIDED:
+        p_at, g_at = _strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+    return at, at < stop, p_at, g_at
 
 
 @triton.jit
@@ -361,12 +372,7 @@ def fused_pass(
                 p_square = tl.sum(p_squares)
                 u_square = tl.sum(u_squares)
             for piece in range(full, stop, PIECE):
-                at = piece + tl.arange(0, PIECE).to(tl.int64)
-                mask = at < stop
-                p_at = at
-                g_at = at
-                if access == STRIDED:
-                    p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+                at, mask, p_at, g_at = offsets_of_piece(piece, stop, access, dims, row)
                 p, u = _stage_a_tile(
                     addresses, p_at, g_at, at, mask, blend, scalar_row, key,
                     PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,
@@ -408,12 +414,7 @@ def fused_pass(
                     PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, False,
                 )  # fmt: skip
             for piece in range(full, stop, PIECE):
-                at = piece + tl.arange(0, PIECE).to(tl.int64)
-                mask = at < stop
-                p_at = at
-                g_at = at
-                if access == STRIDED:
-                    p_at, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
+                at, mask, p_at, g_at = offsets_of_piece(piece, stop, access, dims, row)
                 _stage_b_tile(
                     addresses, p_at, g_at, at, mask, blend, ratio, scalar_row, key,
                     PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,

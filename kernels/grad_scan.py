@@ -12,16 +12,13 @@ import triton.language as tl
 from fused_dals.kernels.fused_pass import (
     ACCESS,
     CHUNK_MASK,
-    DIMS,
-    MAX_DIMS,
     NUMEL,
     PIECE,
     RUN,
-    STRIDED,
     TENSOR_SHIFT,
     TENSOR_WIDTH,
     end_of_full_tiles,
-    strided_offsets,
+    offsets_of_piece,
     sums_of_runs,
 )
 
@@ -72,11 +69,8 @@ def grad_scan(
             run_non_finite += sums_of_runs(n)
         for piece in range(full, stop, PIECE):
             g_ptr = g_address.to(tl.pointer_type(GRAD_TYPE))
-            at = piece + tl.arange(0, PIECE).to(tl.int64)
-            g_at = at
-            if access == STRIDED:
-                _, g_at = strided_offsets(at, dims + tl.load(row + DIMS) * (3 * MAX_DIMS))
-            s, n = _measures(tl.load(g_ptr + g_at, mask=at < stop, other=0.0))
+            _, mask, _, g_at = offsets_of_piece(piece, stop, access, dims, row)
+            s, n = _measures(tl.load(g_ptr + g_at, mask=mask, other=0.0))
             squares += tl.sum(s)
             non_finite += tl.sum(n)
     tl.store(rows + 2 * program, squares + tl.sum(run_squares))

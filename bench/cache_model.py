@@ -71,9 +71,13 @@ class PassPlan:
         factor = -(-sum(self.sizes) // (self.chunk * most_chunks))
         if factor <= 1:
             return self
-        programs = max(1, round(self.programs / factor))
-        coarse = replace(self, chunk=factor * self.chunk, window=self.window // factor, programs=programs)
-        return replace(coarse, merged=factor * self.merged)
+        return replace(
+            self,
+            chunk=factor * self.chunk,
+            window=self.window // factor,
+            programs=max(1, round(self.programs / factor)),
+            merged=factor * self.merged,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class _Items:
     stage: list[int]
     place: list[int]
     elements: list[int]
-    tensors: int
+    chunks: list[int]  # of each tensor
     places: int
 
 
@@ -152,7 +156,7 @@ def _items(plan: PassPlan) -> _Items:
     elements = np.minimum(plan.chunk, np.array(plan.sizes, dtype=np.int64)[tensor] - chunk * plan.chunk)
     columns: tuple[Integers, ...] = (tensor, packed & 1, first[tensor] + chunk, elements)
     tensors, stages, places, counts = (column.tolist() for column in columns)
-    return _Items(tensors, stages, places, counts, len(chunks), int(first[-1]))
+    return _Items(tensors, stages, places, counts, chunks.tolist(), int(first[-1]))
 
 
 def _memory_bytes(plan: PassPlan) -> tuple[int, int]:
@@ -179,9 +183,7 @@ def _in_order_of_starts(plan: PassPlan, items: _Items) -> tuple[Sequence[int], f
     """
     moved, at_least = _durations(plan, items)
     count, drawn = len(items.tensor), min(plan.programs, len(items.tensor))
-    chunks_left = [0] * items.tensors
-    for tensor, stage in zip(items.tensor, items.stage, strict=True):
-        chunks_left[tensor] += not stage
+    chunks_left = list(items.chunks)
     following = [count] * plan.programs  # tickets drawn ahead
     waiting: dict[int, list[tuple[float, int, int]]] = {}
     events = [(0.0, program, program, BEGINS) for program in range(drawn)]

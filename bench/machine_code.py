@@ -103,15 +103,15 @@ class MachineCode(Resources):
         return self.spill_store_bytes + self.spill_load_bytes
 
 
-def compile_kernel(
+def compile_ahead(
     kernel: Any,
     signature: Mapping[str, str],
     constants: Mapping[str, Any],
-    target: str,
+    target: GPUTarget,
     num_warps: int,
     attrs: Mapping[str, int] | None = None,
-) -> MachineCode:
-    """Compile a `triton.jit` function for one of `TARGETS` and read its machine code.
+) -> Any:
+    """Compile a `triton.jit` function as its launches do; returns what Triton makes of it.
 
     `signature` has a type ("*fp32", "i64") for each argument that is not in `constants`; `attrs` says by which power
     of two an argument is divisible, by default 16 for each pointer whose alignment the kernel specializes on: what a
@@ -127,7 +127,19 @@ def compile_kernel(
         }
     divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", value]] for name, value in attrs.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=dict(constants), attrs=divisible)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **COMPILER_OPTIONS})
+    return triton.compile(source, target=target, options={"num_warps": num_warps, **COMPILER_OPTIONS})
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    target: str,
+    num_warps: int,
+    attrs: Mapping[str, int] | None = None,
+) -> MachineCode:
+    """Compile a `triton.jit` function for one of `TARGETS`, as `compile_ahead` does, and read its machine code."""
+    compiled = compile_ahead(kernel, signature, constants, TARGETS[target], num_warps, attrs)
     forms = access_forms(compiled.asm["ttir"])
     if TARGETS[target].backend == "cuda":
         usage, sass = disassemble(compiled.asm["cubin"])

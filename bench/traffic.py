@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -175,8 +175,9 @@ def cells_of(
         for mode in modes:
             for chunk, share in plans:
                 window = window_chunks(share, l2_bytes, STEP_DTYPES[name], chunk)
-                plan = PassPlan(sizes, STEP_DTYPES[name], window, chunk, **MODES[mode], programs=programs)
-                plan = replace(plan, bandwidth=bandwidth).coarser(most_chunks)
+                plan = PassPlan(
+                    sizes, STEP_DTYPES[name], window, chunk, **MODES[mode], programs=programs, bandwidth=bandwidth
+                ).coarser(most_chunks)
                 predicted = predict(plan, *(int(usable * l2_bytes) for usable in USABLE))
                 least, uncached = bounds(plan)
                 for usable, found in zip(USABLE, predicted, strict=True):

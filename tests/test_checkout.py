@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT
 
 
 def test_a_checkout_works_without_being_installed(tmp_path: Path) -> None:

@@ -6,30 +6,23 @@ One process compiles all variants (`python -m bench codegen`), because this one 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from bench.machine_code import TARGETS, Access, MachineCode, Synchronization
+from bench.machine_code import TARGETS, Access, MachineCode, Synchronization, compile_ahead
+from tests.processes import ROOT, without_interpreter
 
-ROOT = Path(__file__).resolve().parents[1]
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 
 #: Two programs of 256 threads fit on an SM's 65536 registers; on AMD 128 leave four waves a SIMD.
 MOST_REGISTERS = 128
-
-
-def without_interpreter() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
 @pytest.fixture(scope="module")
@@ -160,22 +153,13 @@ def test_bfloat16_is_rounded_to_nearest(ptx: dict[str, str]) -> None:
 
 def print_ptx() -> None:
     """The PTX of two variants of the pass for sm_90, as JSON."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from fused_dals.kernels.layout import COMPILER_OPTIONS
     from fused_dals.kernels.variants import codegen_variants
 
+    labels = {f"{dtype},{dtype},{dtype} A writes h m": dtype for dtype in ("fp32", "bf16")}
+    chosen = {labels[label]: rest for label, *rest in codegen_variants() if label in labels}
     texts = {}
-    for label, kernel, signature, constants, num_warps in codegen_variants():
-        for dtype in ("fp32", "bf16"):
-            if label == f"{dtype},{dtype},{dtype} A writes h m":
-                names: dict[str, Any] = {**signature, **dict.fromkeys(constants, "constexpr")}
-                source = ASTSource(fn=kernel, signature=names, constexprs=constants)
-                options = {"num_warps": num_warps, **COMPILER_OPTIONS}
-                compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-                texts[dtype] = compiled.asm["ptx"]
+    for dtype, (kernel, signature, constants, num_warps) in chosen.items():
+        texts[dtype] = compile_ahead(kernel, signature, constants, TARGETS["sm_90"], num_warps).asm["ptx"]
     print(json.dumps(texts))
 
 

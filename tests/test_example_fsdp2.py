@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import ROOT, without_interpreter
 from tests.ranks import LOOPBACK
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_fsdp2.py"
+EXAMPLE = ROOT / "examples" / "train_fsdp2.py"
 SMALL = ["--width", "16", "--layers", "1", "--batch", "2", "--save-every", "2"]
 
 
 def torchrun(processes: int, *options: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [*command, str(EXAMPLE), *SMALL, *options],
-        env={**environment, "OMP_NUM_THREADS": "1", **LOOPBACK}, capture_output=True, text=True, timeout=200,
+        env={**without_interpreter(), "OMP_NUM_THREADS": "1", **LOOPBACK}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

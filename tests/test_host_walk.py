@@ -21,10 +21,10 @@ from fused_dals.fingerprint import CompiledFingerprint, Fingerprint
 from fused_dals.host_walk import HOST_WALK, Build, BuildError, HostWalk
 from fused_dals.live_groups import CHANGED
 from tests.helpers import needs_walk
+from tests.processes import ROOT
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

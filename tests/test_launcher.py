@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from fused_dals.kernels import layout
 from fused_dals.launcher import Launcher
-from tests.test_codegen import ROOT, without_interpreter
+from tests.processes import ROOT, without_interpreter
 
 STEPS = 4
 

@@ -5,7 +5,6 @@ whether this one interprets Triton (TRITON_INTERPRET=1).
 """
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -33,8 +32,8 @@ from bench.machine_code import (  # noqa: E402
     sass_accesses,
     sass_resources,
 )
+from tests.processes import ROOT, without_interpreter  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 TTIR = """
 #loc = loc("/a/k.py":15:0)
 #loc20 = loc("x"(#loc))
@@ -265,9 +264,8 @@ def _compile_all() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, MachineCode]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.test_machine_code"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {}
     for name, code in json.loads(done.stdout).items():

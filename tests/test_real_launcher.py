@@ -30,7 +30,7 @@ from fused_dals import DALS
 from fused_dals.fused import FusedPass, Launch
 from fused_dals.kernels.layout import COMPILER_OPTIONS
 from fused_dals.launcher import Launcher
-from tests.test_codegen import ROOT, without_interpreter
+from tests.processes import ROOT, without_interpreter
 from tests.test_launch_again import expected, plain
 
 Note = dict[str, Any]

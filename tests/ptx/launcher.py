@@ -6,13 +6,11 @@ Kernels are compiled in a process of its own (``python -m tests.ptx.launcher``),
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +19,11 @@ from torch import Tensor
 
 from fused_dals.fused import FusedPass
 from fused_dals.launcher import ALIGNMENT
+from tests.processes import ROOT, without_interpreter
 from tests.ptx.machine import Code, Launch
 from tests.ptx.memory import CELL, UNWRITTEN, WRITTEN, Memory
 from tests.ptx.parse import parse
 
-ROOT = Path(__file__).resolve().parents[2]
 LOSS_TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 #: Kernel, type of the prologue's loss, constants with types by their names: what a launch is compiled for.
@@ -36,10 +34,11 @@ class Compiler:
     """PTX as launches with aligned tensors get it. A context: the process ends with it."""
 
     def __init__(self, capability: int = 90) -> None:
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         command = [sys.executable, "-m", "tests.ptx.launcher", str(capability)]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=without_interpreter(), stdin=pipe, stdout=pipe, text=True
+        )
         self._made: dict[Request, tuple[str, int]] = {}
 
     def __call__(self, request: Request) -> tuple[str, int]:
@@ -159,12 +158,11 @@ def _encoded(argument: Any) -> int:
 
 
 def _compile(name: str, loss: str, constants: Sequence[tuple[str, Any]]) -> tuple[str, int]:
-    import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from fused_dals.kernels import layout, variants
+    from bench.machine_code import compile_ahead
+    from fused_dals.kernels import variants
 
     signature, warps = {
         "fused_pass": (variants.PASS_SIGNATURE, variants.NUM_WARPS),
@@ -172,13 +170,8 @@ def _compile(name: str, loss: str, constants: Sequence[tuple[str, Any]]) -> tupl
         "grad_scan": (variants.SCAN_SIGNATURE, variants.NUM_WARPS),
         "ratios_of_norms": (variants.RATIOS_SIGNATURE, 4),
     }[name]
-    kernel = getattr(variants, name)
     chosen = {key: tl.dtype(value) if key.endswith("_TYPE") else value for key, value in constants}
-    types = {arg: signature.get(arg, "constexpr") for arg in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if types[arg].startswith("*")}
-    source = ASTSource(fn=kernel, signature=types, constexprs=chosen, attrs=aligned)
-    options = {"num_warps": warps, **layout.COMPILER_OPTIONS}
-    made = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    made = compile_ahead(getattr(variants, name), signature, chosen, GPUTarget("cuda", int(sys.argv[1]), 32), warps)
     return made.asm["ptx"], made.metadata.shared
 
 

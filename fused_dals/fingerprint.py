@@ -102,8 +102,8 @@ class CompiledFingerprint:
         self._walk = walk
         self._held = params, _ = _tensors_of(groups, state)
         self._count = sum(grad is not None for grad in map(_grad, params))
-        self._numbers = walk.record(groups, state, torch.empty(self._count, dtype=torch.int64, device="cpu"))
-        if self._numbers is None:
+        self._recording = walk.record(groups, state, torch.empty(self._count, dtype=torch.int64, device="cpu"))
+        if self._recording is None:
             raise TypeError("only Python understands these tensors")
 
     def is_outdated(self) -> bool:
@@ -113,7 +113,7 @@ class CompiledFingerprint:
         """As of ``Fingerprint``."""
         addresses = torch.empty(self._count, dtype=torch.int64, device="cpu")
         try:
-            return addresses if self._walk.matches(self._numbers, groups, state, addresses) else None
+            return addresses if self._walk.matches(self._recording, groups, state, addresses) else None
         except CANNOT_TELL:
             return None
 

@@ -199,7 +199,7 @@ class FusedPass:
     def _follow_in_graph(self, of_launches: Sequence[Sequence[int]]) -> None:
         """The same for a step that is being captured, into tables that the graph itself writes."""
         groups = self.group_table
-        self._held_for_graphs += [self.sync, groups.rows, groups.addresses, groups.scalars, *self._scan_rows.values()]
+        self._held_for_graphs += [self.sync, *groups.memory(), *self._scan_rows.values()]
         self._held_for_graphs += [] if self.shards is None else [self.shards]
         for launch, own in zip(self.launches, of_launches, strict=True):
             launch.baked = BakedTable(len(own), self.device)
@@ -283,6 +283,7 @@ class FusedPass:
         scan = self._no_scan if inputs.scan is None else inputs.scan
         arguments = (
             self.group_table.rows,
+            self.group_table.lrs,
             self.group_table.addresses,
             self.group_table.scalars,
             self._seed,

@@ -13,13 +13,13 @@ from fused_dals import host
 from fused_dals.capture import is_capturing
 from fused_dals.host import table_on
 from fused_dals.kernels import layout
-from fused_dals.live_groups import GroupsVersion, are_numbers
+from fused_dals.live_groups import GroupsVersion
 
 _NO_MAX_GRAD_NORM = -1.0
 
 
 class GroupTable:
-    """One row of float64 per group, and the address of every learning rate that is a tensor on the device.
+    """One row of float64 per group, its learning rate, and the address of one that is a tensor on the device.
 
     The tables keep their memory while the number of groups does, because captured graphs read them.
     """
@@ -28,8 +28,9 @@ class GroupTable:
         self.device = device
         self._version: GroupsVersion | None = None
         self._cells: dict[int, Tensor] = {}  # copies of learning rates that the kernel cannot read where they are
-        self._lrs: list[float] = []
-        self._rows: list[tuple[float, ...]] = []  # without the learning rates
+        # As they are on the device.
+        self._lrs = host.doubles(())
+        self._rows: list[tuple[float, ...]] = []
         self._addresses: list[int] = []
 
     def refresh(self, groups: Sequence[Mapping[str, Any]], version: GroupsVersion) -> None:
@@ -39,19 +40,23 @@ class GroupTable:
         """
         if version == self._version and not any(self._addresses):
             return
-        given = [group["lr"] for group in groups]
-        numbers = are_numbers(given)
-        addresses = [0] * len(given) if numbers else [self._lr_address(index, lr) for index, lr in enumerate(given)]
+        lrs, addresses = version.plain_lrs, [0] * len(groups)
+        if lrs is None:
+            given = [group["lr"] for group in groups]
+            addresses = [self._lr_address(index, lr) for index, lr in enumerate(given)]
+            lrs = host.doubles(0.0 if address else float(lr) for lr, address in zip(given, addresses, strict=True))
         if version == self._version and addresses == self._addresses:
             return
-        lrs = given
-        if not numbers:
-            lrs = [0.0 if address else float(lr) for lr, address in zip(given, addresses, strict=True)]
         rows = self._rows
         only_lrs = self._version is not None and version.numbers == self._version.numbers
         if not only_lrs or any(addresses) or any(self._addresses):
             rows = [self._row(group, address) for group, address in zip(groups, addresses, strict=True)]
-        if is_capturing(self.device) and (lrs, rows, addresses) != (self._lrs, self._rows, self._addresses):
+        new_rows, new_lrs, new_addresses = (
+            rows is not self._rows and rows != self._rows,
+            not torch.equal(lrs, self._lrs),
+            addresses != self._addresses,
+        )
+        if is_capturing(self.device) and (new_rows or new_lrs or new_addresses):
             raise RuntimeError(
                 "this step is being captured into a graph, and hyperparameters changed since the last one: take one "
                 "more step, or call refresh_hyperparameters(), before capture"
@@ -59,19 +64,26 @@ class GroupTable:
         if len(rows) != len(self._rows):
             count = len(rows)
             self.rows = torch.empty(count, len(layout.GROUP_COLUMNS), dtype=torch.float64, device=self.device)
+            self.lrs = torch.empty(count, dtype=torch.float64, device=self.device)
             self.addresses = torch.empty(count, dtype=torch.int64, device=self.device)
             self.scalars = torch.empty(count, len(layout.SCALAR_COLUMNS), dtype=torch.float32, device=self.device)
-            self._lrs, self._rows, self._addresses = [], [], []
-        if rows != self._rows:
-            self._rows_on_host = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        if rows != self._rows or lrs != self._lrs:
-            column = torch.tensor(lrs, dtype=torch.float64, device="cpu").unsqueeze(1)
-            self.rows.copy_(table_on(self.device, torch.cat([column, self._rows_on_host], dim=1)))
-            self._lrs, self._rows = lrs, rows
-        if addresses != self._addresses:
+            new_rows = new_lrs = new_addresses = True
+        # What could not be written is written later.
+        self._version = None
+        if new_rows:
+            self.rows.copy_(table_on(self.device, torch.tensor(rows, dtype=torch.float64, device="cpu")))
+            self._rows = rows
+        if new_lrs:
+            self.lrs.copy_(table_on(self.device, lrs))
+            self._lrs = lrs.clone()
+        if new_addresses:
             self.addresses.copy_(table_on(self.device, torch.tensor(addresses, dtype=torch.int64, device="cpu")))
             self._addresses = addresses
         self._version = version
+
+    def memory(self) -> list[Tensor]:
+        """What kernels are given addresses of."""
+        return [self.rows, self.lrs, self.addresses, self.scalars]
 
     def _row(self, group: Mapping[str, Any], lr_address: int) -> tuple[float, ...]:
         lr, source = group["lr"], 0

@@ -33,6 +33,14 @@ def integers(values: Iterable[int]) -> Tensor:
     return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
+def doubles(values: Iterable[float]) -> Tensor:
+    """float64 in the same way."""
+    numbers = array("d", values)
+    return (
+        torch.frombuffer(numbers, dtype=torch.float64) if numbers else torch.empty(0, dtype=torch.float64, device="cpu")
+    )
+
+
 def table_on(device: torch.device, table: Tensor) -> Tensor:
     """A table made on the host, in its own dtype on the device, copied without waiting."""
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)

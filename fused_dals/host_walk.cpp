@@ -6,24 +6,29 @@
 // does not know (subclasses of tensors, sparse gradients, groups that are no dicts) it leaves to it: no match.
 //
 // host_walk.py compiles this file for the torch and Python at hand. Everything runs under Python's lock, keeps no
-// reference and calls no Python code.
+// reference and calls no Python code. Thousands of tensors are shared with other threads, see Helpers.
 
 #include <Python.h>
+#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <vector>
+
+#include "host_helpers.h"
 
 namespace {
 
 struct Recorder {
-  std::vector<int64_t> numbers;
+  std::vector<int64_t>& numbers;
   bool see(int64_t number) {
     numbers.push_back(number);
     return true;
   }
-  bool done() const { return true; }
 };
 
 struct Matcher {
@@ -42,11 +47,12 @@ int64_t as_number(const void* address) { return reinterpret_cast<int64_t>(addres
 constexpr size_t STRIDE = 8;
 
 template <class Item, class Visit, class... Levels>
-bool for_each_ahead(const std::vector<Item>& items, Visit visit, Levels... levels) {
-  for (size_t i = 0; i < items.size(); i++) {
+bool for_each_ahead(const Item* begin, const Item* end, Visit visit, Levels... levels) {
+  const size_t count = end - begin;
+  for (size_t i = 0; i < count; i++) {
     size_t ahead = i + STRIDE * sizeof...(levels);
-    ((ahead < items.size() ? levels(items[ahead]) : void(), ahead -= STRIDE), ...);
-    if (!visit(items[i])) return false;
+    ((ahead < count ? levels(begin[ahead]) : void(), ahead -= STRIDE), ...);
+    if (!visit(begin[i])) return false;
   }
   return true;
 }
@@ -77,10 +83,21 @@ bool see_object(Recorder& sink, PyObject* object) {
 }
 bool see_object(Matcher& sink, PyObject* object) { return sink.see(as_number(object)); }  // the very one of then
 
-// Where it begins. May throw, as Tensor.data_ptr() does where there is no memory.
+// Where it begins, to be written to. May throw, as Tensor.data_ptr() does where there is no memory.
+const void* address_of(Recorder&, const c10::TensorImpl* tensor) {
+  return const_cast<c10::TensorImpl*>(tensor)->mutable_data();
+}
+
+// The same for matching, null for a lazy clone: it would get memory of its own here, which is nothing for a helper, whose
+// current stream is another. Recording does it, when nothing matches.
+const void* address_of(Matcher&, const c10::TensorImpl* tensor) {
+  const bool is_shared = tensor->storage().data_ptr().get_deleter() == &c10::impl::cow::cow_deleter;
+  return is_shared ? nullptr : tensor->data();
+}
+
 template <class Sink>
 bool see_address(Sink& sink, const c10::TensorImpl* tensor) {
-  return sink.see(as_number(const_cast<c10::TensorImpl*>(tensor)->mutable_data()));
+  return sink.see(as_number(address_of(sink, tensor)));
 }
 
 // Dtype, device and size, and the strides of what is not contiguous; false for what only Python understands.
@@ -143,23 +160,52 @@ bool collect_state(Sink& sink, PyObject* state, std::vector<PyObject*>& tensors)
     const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(entry)->ma_keys);
     touch(keys), touch(keys + 64);
   };
-  return for_each_ahead(entries, collect, touch_entry, touch_keys) && sink.see(static_cast<int64_t>(tensors.size()));
+  return for_each_ahead(entries.data(), entries.data() + entries.size(), collect, touch_entry, touch_keys);
+}
+
+// The memory of a tensor on the CPU.
+template <class Number>
+struct Memory {
+  Number* values;
+  int64_t room;
+};
+
+// Throws for any other tensor.
+template <class Number>
+Memory<Number> memory_of(PyObject* object, const char* name) {
+  TORCH_CHECK(THPVariable_CheckExact(object), name, " must be a tensor");
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  const auto type = c10::CppTypeToScalarType<Number>::value;
+  TORCH_CHECK(tensor.scalar_type() == type && tensor.is_cpu() && tensor.is_contiguous(), name,
+              " must be a contiguous tensor of ", type, " on the CPU");
+  return {tensor.mutable_data_ptr<Number>(), tensor.numel()};
 }
 
 // Where the gradients' addresses go, in the order of the groups: they may differ from step to step.
-struct Addresses {
-  int64_t* values;
-  int64_t room;
-  int64_t count;
+using Addresses = Memory<int64_t>;
+
+// All tensors of a walk: parameters, of which each may have a gradient, and then state.
+struct Tensors {
+  std::vector<PyObject*> params, state;
 };
 
 template <class Sink>
-bool walk(Sink& sink, PyObject* groups, PyObject* state, Addresses& addresses) {
-  std::vector<PyObject*> params, state_tensors;
+bool collect(Sink& sink, PyObject* groups, PyObject* state, Tensors& tensors) {
+  return collect_params(sink, groups, tensors.params) && collect_state(sink, state, tensors.state);
+}
+
+void touch_object(PyObject* object) { touch(object); }
+void touch_tensor_of(PyObject* object) { touch_tensor(tensor_of(object)); }
+void touch_memory_of(PyObject* object) { touch_memory(tensor_of(object)); }
+void touch_version_of(PyObject* object) {
+  // A version is a pointer to its counter, and nothing else; were it not, somewhere else would be touched, in vain.
+  touch(*reinterpret_cast<const void* const*>(&tensor_of(object)->version_counter()));
+}
+
+// Parameters [begin, end) and their gradients, of which the first has its address at `at`, which moves on.
+template <class Sink>
+bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, const Addresses& addresses, int64_t& at) {
   std::vector<const c10::TensorImpl*> grads;
-  const auto touch_object = [](PyObject* object) { touch(object); };
-  const auto touch_tensor_of = [](PyObject* object) { touch_tensor(tensor_of(object)); };
-  const auto touch_memory_of = [](PyObject* object) { touch_memory(tensor_of(object)); };
   const auto see_param = [&](PyObject* object) {
     const c10::TensorImpl* param = tensor_of(object);
     const at::Tensor& grad = param->grad();
@@ -167,25 +213,72 @@ bool walk(Sink& sink, PyObject* groups, PyObject* state, Addresses& addresses) {
     return see_layout(sink, param) && see_address(sink, param) && sink.see(grad.defined());
   };
   const auto see_grad = [&](const c10::TensorImpl* grad) {
-    if (!see_layout(sink, grad) || addresses.count == addresses.room) return false;
-    const int64_t address = as_number(const_cast<c10::TensorImpl*>(grad)->mutable_data());
-    addresses.values[addresses.count++] = address;
+    if (!see_layout(sink, grad) || at == addresses.room) return false;
+    const int64_t address = as_number(address_of(sink, grad));
+    addresses.values[at++] = address;
     return sink.see(address % WIDE_BYTES);
   };
-  const auto see_state = [&](PyObject* object) { return see_address(sink, tensor_of(object)); };
-  return collect_params(sink, groups, params) && collect_state(sink, state, state_tensors) &&
-         for_each_ahead(params, see_param, touch_object, touch_tensor_of, touch_memory_of) &&
-         for_each_ahead(grads, see_grad, touch_tensor, touch_memory) &&
-         for_each_ahead(state_tensors, see_state, touch_object, touch_tensor_of, touch_memory_of) && sink.done();
+  return for_each_ahead(begin, end, see_param, touch_object, touch_tensor_of, touch_memory_of) &&
+         for_each_ahead(grads.data(), grads.data() + grads.size(), see_grad, touch_tensor, touch_memory);
 }
 
-// The memory of an int64 tensor on the CPU; throws for any other.
-Addresses memory_of(PyObject* object) {
-  TORCH_CHECK(THPVariable_CheckExact(object), "addresses must be a tensor");
-  const at::Tensor& tensor = THPVariable_Unpack(object);
-  TORCH_CHECK(tensor.scalar_type() == c10::kLong && tensor.is_cpu() && tensor.is_contiguous(),
-              "addresses must be a contiguous int64 tensor on the CPU");
-  return {tensor.mutable_data_ptr<int64_t>(), tensor.numel(), 0};
+// State tensors [begin, end).
+template <class Sink>
+bool see_state(Sink& sink, PyObject* const* begin, PyObject* const* end) {
+  const auto see = [&](PyObject* object) { return see_address(sink, tensor_of(object)); };
+  return for_each_ahead(begin, end, see, touch_object, touch_tensor_of, touch_memory_of);
+}
+
+// Tensors that one thread looks at in a row; of objects, the lists of parameters and of state are cut alike.
+constexpr size_t PART = 512;
+
+size_t parts_of(const std::vector<PyObject*>& objects) { return (objects.size() + PART - 1) / PART; }
+
+// What a walk saw: first the objects, and then part by part what they are like.
+struct Recording {
+  static constexpr const char* NAME = "fused_dals.recording";
+  std::vector<int64_t> objects, numbers;
+  std::vector<size_t> starts;       // in numbers, of every part, and where the last one ends
+  std::vector<int64_t> first_grads;  // of every part of the parameters, and where the last one ends
+};
+
+// One part of a walk, parameters first.
+template <class Sink>
+bool see_part(Sink& sink, const Tensors& tensors, size_t part, const Addresses& addresses, int64_t& at) {
+  const size_t before = parts_of(tensors.params);
+  const bool of_params = part < before;
+  const std::vector<PyObject*>& objects = of_params ? tensors.params : tensors.state;
+  const size_t begin = (of_params ? part : part - before) * PART;
+  PyObject* const* first = objects.data() + begin;
+  PyObject* const* last = objects.data() + std::min(begin + PART, objects.size());
+  return of_params ? see_params(sink, first, last, addresses, at) : see_state(sink, first, last);
+}
+
+bool record_walk(Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses) {
+  Recorder objects{recording.objects}, numbers{recording.numbers};
+  Tensors tensors;
+  if (!collect(objects, groups, state, tensors)) return false;
+  int64_t at = 0;
+  const size_t parts = parts_of(tensors.params) + parts_of(tensors.state);
+  for (size_t part = 0; part <= parts; part++) {
+    recording.starts.push_back(recording.numbers.size());
+    recording.first_grads.push_back(at);
+    if (part < parts && !see_part(numbers, tensors, part, addresses, at)) return false;
+  }
+  return true;
+}
+
+bool match_walk(const Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses) {
+  Matcher objects{recording.objects.data(), recording.objects.data() + recording.objects.size()};
+  Tensors tensors;
+  if (!collect(objects, groups, state, tensors) || !objects.done()) return false;
+  if (addresses.room != recording.first_grads.back()) return false;
+  return Helpers::all(recording.starts.size() - 1, [&](size_t part) {
+    const int64_t* numbers = recording.numbers.data();
+    Matcher sink{numbers + recording.starts[part], numbers + recording.starts[part + 1]};
+    int64_t at = recording.first_grads[part];
+    return see_part(sink, tensors, part, addresses, at) && sink.done();
+  });
 }
 
 // A function with a fixed number of arguments, whose C++ errors become Python's RuntimeError.
@@ -206,23 +299,23 @@ PyObject* checked(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
 }
 
-// record(groups, state, addresses): the numbers as bytes, None for what only Python understands. `addresses`, int64 on
-// the CPU with room for all gradients, is filled in.
+// record(groups, state, addresses): what a walk saw, None where only Python understands it. `addresses`, int64 on the CPU
+// with room for all gradients, is filled in.
 PyObject* record(PyObject* const* arguments) {
-  Recorder sink;
-  Addresses addresses = memory_of(arguments[2]);
-  if (!walk(sink, arguments[0], arguments[1], addresses)) Py_RETURN_NONE;
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(sink.numbers.data()),
-                                   static_cast<Py_ssize_t>(sink.numbers.size() * sizeof(int64_t)));
+  auto recording = std::make_unique<Recording>();
+  if (!record_walk(*recording, arguments[0], arguments[1], memory_of<int64_t>(arguments[2], "addresses"))) Py_RETURN_NONE;
+  PyObject* capsule = PyCapsule_New(recording.get(), Recording::NAME, [](PyObject* capsule) {
+    delete static_cast<Recording*>(PyCapsule_GetPointer(capsule, Recording::NAME));
+  });
+  if (capsule != nullptr) recording.release();
+  return capsule;
 }
 
-// matches(numbers, groups, state, addresses): whether a walk finds what was recorded; then `addresses` are of now.
+// matches(recording, groups, state, addresses): whether a walk sees what was recorded; then `addresses` are of now.
 PyObject* matches(PyObject* const* arguments) {
-  TORCH_CHECK(PyBytes_Check(arguments[0]), "numbers must be the bytes that record returned");
-  const auto* first = reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(arguments[0]));
-  Matcher sink{first, first + PyBytes_GET_SIZE(arguments[0]) / static_cast<Py_ssize_t>(sizeof(int64_t))};
-  Addresses addresses = memory_of(arguments[3]);
-  return PyBool_FromLong(walk(sink, arguments[1], arguments[2], addresses) && addresses.count == addresses.room);
+  TORCH_CHECK(PyCapsule_IsValid(arguments[0], Recording::NAME), "recording must be what record returned");
+  const auto& recording = *static_cast<Recording*>(PyCapsule_GetPointer(arguments[0], Recording::NAME));
+  return PyBool_FromLong(match_walk(recording, arguments[1], arguments[2], memory_of<int64_t>(arguments[3], "addresses")));
 }
 
 bool same_items(PyObject* a, PyObject* b) {
@@ -295,19 +388,46 @@ PyObject* same_groups(PyObject* const* arguments) {
   return PyLong_FromLong(untouched ? 2 : 1);
 }
 
+// read_plain_lrs(groups, numbers): 0 where a learning rate is no float, or not sound, so that Python has to look at them
+// one by one; else they are in `numbers`, float64 on the CPU: 1 as they were there before, 2 where any is new.
+PyObject* read_plain_lrs(PyObject* const* arguments) {
+  static PyObject* const lr = PyUnicode_InternFromString("lr");
+  PyObject* groups = arguments[0];
+  const auto numbers = memory_of<double>(arguments[1], "numbers");
+  if (!(PyList_Check(groups) || PyTuple_Check(groups)) || PySequence_Fast_GET_SIZE(groups) != numbers.room) {
+    return PyLong_FromLong(0);
+  }
+  std::vector<double> now(numbers.room);
+  for (Py_ssize_t i = 0; i < numbers.room; i++) {
+    PyObject* group = PySequence_Fast_GET_ITEM(groups, i);
+    PyObject* value = PyDict_Check(group) ? item(group, lr) : nullptr;
+    if (value == nullptr || !PyFloat_CheckExact(value)) return PyLong_FromLong(0);
+    now[i] = PyFloat_AS_DOUBLE(value);
+    if (!(now[i] >= 0 && std::isfinite(now[i]))) return PyLong_FromLong(0);
+  }
+  if (std::equal(now.begin(), now.end(), numbers.values)) return PyLong_FromLong(1);
+  std::copy(now.begin(), now.end(), numbers.values);
+  return PyLong_FromLong(2);
+}
+
 // increment_version(tensors): as torch.autograd.graph.increment_version, of a list.
 PyObject* increment_version(PyObject* const* arguments) {
   TORCH_CHECK(PyList_Check(arguments[0]), "expected a list of tensors");
-  std::vector<c10::TensorImpl*> tensors;
+  std::vector<PyObject*> objects;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); i++) {
-    PyObject* object = PyList_GET_ITEM(arguments[0], i);
-    TORCH_CHECK(THPVariable_Check(object), "expected a list of tensors");
-    tensors.push_back(THPVariable_Unpack(object).unsafeGetTensorImpl());
+    objects.push_back(PyList_GET_ITEM(arguments[0], i));
+    TORCH_CHECK(THPVariable_Check(objects.back()), "expected a list of tensors");
   }
-  for_each_ahead(tensors, [](c10::TensorImpl* tensor) {
+  const auto increment = [](PyObject* object) {
+    c10::TensorImpl* tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
     if (!tensor->is_inference()) tensor->bump_version();  // one made in inference mode has no version
     return true;
-  }, touch_tensor);
+  };
+  Helpers::all(parts_of(objects), [&](size_t part) {
+    PyObject* const* begin = objects.data() + part * PART;
+    const size_t count = std::min(PART, objects.size() - part * PART);
+    return for_each_ahead(begin, begin + count, increment, touch_object, touch_tensor_of, touch_version_of);
+  });
   Py_RETURN_NONE;
 }
 
@@ -321,6 +441,7 @@ PyMethodDef methods[] = {
     method<3, record>("record"),
     method<4, matches>("matches"),
     method<3, same_groups>("same_groups"),
+    method<2, read_plain_lrs>("read_plain_lrs"),
     method<1, increment_version>("increment_version"),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+HEADER = SOURCE.with_name("host_helpers.h")
 MODULE = "host_walk_compiled"
 FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC")
 LIBRARIES = ("-lc10", "-ltorch_cpu", "-ltorch_python")
@@ -125,7 +126,7 @@ def _cache() -> Any:
     except ImportError:
         raise BuildError("Triton is not installed, and there are no kernels without it") from None
     versions = (torch.__version__, str(torch.version.git_version), sys.version)
-    parts = (SOURCE.read_bytes(), *(part.encode() for part in (*versions, *FLAGS, *LIBRARIES)))
+    parts = (SOURCE.read_bytes(), HEADER.read_bytes(), *(part.encode() for part in (*versions, *FLAGS, *LIBRARIES)))
     try:
         return get_cache_manager(hashlib.sha256(b"\0".join(parts)).hexdigest())
     except (OSError, RuntimeError) as error:

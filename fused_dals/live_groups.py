@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_dals import host
@@ -23,6 +24,9 @@ _UNSOUND = object()
 #: What the compiled walk says of the groups: something but a learning rate changed, perhaps a learning rate, nothing.
 CHANGED, SAME_BUT_LR, UNTOUCHED = range(3)
 
+#: What is said of learning rates: they are to be looked at one by one; sound plain numbers, as before or new ones.
+NOT_PLAIN, SAME_NUMBERS, NEW_NUMBERS = range(3)
+
 
 @dataclass
 class _Seen:
@@ -35,11 +39,16 @@ class _Seen:
     names: Any = None
 
 
-class GroupsVersion(NamedTuple):
-    """The same as long as no hyperparameter changed; ``numbers`` also while nothing but learning rates did."""
+@dataclass(slots=True)
+class GroupsVersion:
+    """Equal as long as no hyperparameter changed; ``numbers`` also while nothing but learning rates did.
+
+    ``plain_lrs``: float64 on the host, the learning rates where all are plain numbers; the next check writes it anew.
+    """
 
     numbers: int
     lrs: int
+    plain_lrs: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -61,14 +70,16 @@ class LiveGroups:
     skips: bool = False
     capturable: bool = False
     _flags_of: int = 0
-    _lrs: list[Any] = field(default_factory=list)  # as they were last found sound
     _lrs_are_sound: bool = False  # all of them
+    _are_plain: bool = False  # and all are numbers, which _numbers has
+    _numbers: Tensor = field(default_factory=lambda: _no_numbers(0))
+    _lrs: list[Any] = field(default_factory=list)  # as they were last found sound, where not all are plain
     _on_host: dict[int, float] = field(default_factory=dict)  # the numbers in those that are tensors on the CPU
     _settled: _Settled | None = None
 
     @property
     def version(self) -> GroupsVersion:
-        return GroupsVersion(self.tables, self.lrs)
+        return GroupsVersion(self.tables, self.lrs, self._numbers if self._are_plain else None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_settled": None}  # a compiled module cannot be copied, and identities are others'
@@ -78,6 +89,7 @@ class LiveGroups:
         if len(groups) != len(self.seen):
             self.seen = [_Seen() for _ in groups]
             self._lrs, self._on_host, self._lrs_are_sound = [_UNSOUND] * len(groups), {}, False
+            self._are_plain, self._numbers = False, _no_numbers(len(groups))
         same = CHANGED if self._settled is None else self._settled.look_at(groups)
         if same == CHANGED:
             self._settled = None  # it has taken note of dicts that nobody may come to look at, where one is not sound
@@ -117,12 +129,16 @@ class LiveGroups:
         self.seen[index] = _Seen(tuple(group), tuple(values), plan, tuple(map(_frozen, table)), names)
 
     def _check_lrs(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        lrs = [group["lr"] for group in groups]
-        if self._lrs_are_sound and not self._on_host and all(map(is_, lrs, self._lrs)):
+        walk = HOST_WALK.compiled
+        found = (_read_plain_lrs if walk is None else walk.read_plain_lrs)(groups, self._numbers)
+        if found != NOT_PLAIN:
+            self.lrs += found == NEW_NUMBERS or not self._are_plain
+            self._are_plain, self._lrs_are_sound, self._on_host = True, True, {}
             return
-        if _are_sound_numbers(lrs):
-            self._lrs, self._on_host, self._lrs_are_sound = lrs, {}, True
-            self.lrs += 1
+        lrs = [group["lr"] for group in groups]
+        if self._are_plain:
+            self._lrs, self._are_plain = [_UNSOUND] * len(groups), False
+        elif self._lrs_are_sound and not self._on_host and all(map(is_, lrs, self._lrs)):
             return
         self._lrs_are_sound = False
         for index, lr in enumerate(lrs):
@@ -163,15 +179,25 @@ def _same(group: Mapping[str, Any], seen: _Seen) -> bool:
     return names is None or _frozen(names) == seen.names  # they may have changed in place
 
 
-def are_numbers(lrs: Sequence[Any]) -> bool:
-    """Whether these are what schedulers write."""
-    return set(map(type, lrs)) == {float}
+def _no_numbers(count: int) -> Tensor:
+    """Where there are none yet: NaN is like no number."""
+    return torch.full((count,), math.nan, dtype=torch.float64, device="cpu")
 
 
-def _are_sound_numbers(lrs: Sequence[Any]) -> bool:
-    """40 ns for each, where check_lr takes 1 us, which decides about all others."""
+def _read_plain_lrs(groups: Sequence[Mapping[str, Any]], numbers: Tensor) -> int:
+    """Write learning rates that all are floats, as schedulers write them, and sound, to ``numbers``; as in the walk.
+
+    40 ns for each, where check_lr takes 1 us, which decides about all others.
+    """
+    lrs = [group["lr"] for group in groups]
     # What is not finite makes the sum so.
-    return are_numbers(lrs) and min(lrs) >= 0 and math.isfinite(sum(lrs))
+    if set(map(type, lrs)) != {float} or min(lrs) < 0 or not math.isfinite(sum(lrs)):
+        return NOT_PLAIN
+    now = host.doubles(lrs)
+    if torch.equal(now, numbers):
+        return SAME_NUMBERS
+    numbers.copy_(now)
+    return NEW_NUMBERS
 
 
 def _number_on_host(lr: Any) -> float | None:

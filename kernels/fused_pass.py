@@ -22,31 +22,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_dals.kernels import layout
+from fused_dals.kernels.columns import (
+    ACCESS,
+    CHUNK_MASK,
+    CHUNKS,
+    COMPENSATION,
+    DIMS,
+    DROPPED,
+    FIRST_CHUNK,
+    GRAD_EMA,
+    GROUP,
+    MAX_DIMS,
+    MOMENTUM_BUFFER,
+    NORMS_ROW,
+    NORMS_WIDTH,
+    NUMEL,
+    PARAM,
+    ROUNDING_KEY,
+    SCALAR_ALPHA,
+    SCALAR_BYPASS,
+    SCALAR_CLIP_HIGH,
+    SCALAR_CLIP_LOW,
+    SCALAR_ETA,
+    SCALAR_GRAD_FACTOR,
+    SCALAR_INVERSE_SCALE,
+    SCALAR_MOMENTUM,
+    SCALAR_ONE_MINUS_ALPHA,
+    SCALAR_TRUST_COEFFICIENT,
+    SCALAR_WEIGHT_DECAY,
+    SCALAR_WIDTH,
+    STRIDED,
+    TENSOR_SHIFT,
+    TENSOR_WIDTH,
+    WIDE,
+)
 from fused_dals.kernels.rounding import join, mix, random_bits, split, stochastic_bfloat16
-
-# Compile-time copies of the table's columns: kernels read only constexpr globals.
-PARAM = tl.constexpr(layout.PARAM)
-GRAD_EMA = tl.constexpr(layout.GRAD_EMA)
-MOMENTUM_BUFFER = tl.constexpr(layout.MOMENTUM_BUFFER)
-COMPENSATION = tl.constexpr(layout.COMPENSATION)
-NUMEL = tl.constexpr(layout.NUMEL)
-FIRST_CHUNK = tl.constexpr(layout.FIRST_CHUNK)
-CHUNKS = tl.constexpr(layout.CHUNKS)
-GROUP = tl.constexpr(layout.GROUP)
-ACCESS = tl.constexpr(layout.ACCESS)
-DIMS = tl.constexpr(layout.DIMS)
-ROUNDING_KEY = tl.constexpr(layout.ROUNDING_KEY)
-NORMS_ROW = tl.constexpr(layout.NORMS_ROW)
-NORMS_WIDTH = tl.constexpr(layout.NORMS_WIDTH)
-DROPPED = tl.constexpr(layout.DROPPED)
-TENSOR_WIDTH = tl.constexpr(len(layout.TENSOR_COLUMNS))
-SCALAR_WIDTH = tl.constexpr(len(layout.SCALAR_COLUMNS))
-WIDE = tl.constexpr(layout.WIDE)
-STRIDED = tl.constexpr(layout.STRIDED)
-MAX_DIMS = tl.constexpr(layout.MAX_DIMS)
-CHUNK_MASK = tl.constexpr(layout.CHUNK_MASK)
-TENSOR_SHIFT = tl.constexpr(layout.TENSOR_SHIFT)
 
 #: Elements that the masked branch handles at a time. With 1024 here and below the kernel needs up to 168 registers at 8
 #: warps and spills in some variants; with 512 and 256 at most 128 (sm_90), so that two programs fit on an SM.
@@ -101,11 +111,11 @@ def sums_of_runs(x):
 @triton.jit
 def _filtered_update(p, g, h, blend, scalars):
     """h and u of one tile, in float32."""
-    alpha = tl.load(scalars)
-    one_minus_alpha = tl.load(scalars + 1)
-    bypass = tl.load(scalars + 2)
-    weight_decay = tl.load(scalars + 3)
-    grad_factor = tl.load(scalars + 9)
+    alpha = tl.load(scalars + SCALAR_ALPHA)
+    one_minus_alpha = tl.load(scalars + SCALAR_ONE_MINUS_ALPHA)
+    bypass = tl.load(scalars + SCALAR_BYPASS)
+    weight_decay = tl.load(scalars + SCALAR_WEIGHT_DECAY)
+    grad_factor = tl.load(scalars + SCALAR_GRAD_FACTOR)
     b = tl.where(bypass != 0, 1.0, blend)
     g = grad_factor * g
     h = alpha * h + one_minus_alpha * g
@@ -146,7 +156,7 @@ def _stage_a_tile(
     g = _load(g_ptr, g_at, mask, MASKED, GRADS_USE).to(tl.float32)
     h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED, GRADS_USE).to(tl.float32), blend, scalars)
     if A_WRITES:
-        momentum = tl.load(scalars + 7)
+        momentum = tl.load(scalars + SCALAR_MOMENTUM)
         m = momentum * _load(m_ptr, at, mask, MASKED, "").to(tl.float32) + u
         bits = at
         if STATE_TYPE == tl.bfloat16:
@@ -154,7 +164,8 @@ def _stage_a_tile(
         _store(h_ptr, at, _as_stored(h, bits, STATE_TYPE), mask, MASKED, LAST_USE)
         _store(m_ptr, at, _as_stored(m, bits >> 16, STATE_TYPE), mask, MASKED, "")
         if UNSCALE:
-            _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED, LAST_USE)
+            unscaled = g * tl.load(scalars + SCALAR_INVERSE_SCALE)
+            _store(g_ptr, g_at, unscaled.to(g_ptr.dtype.element_ty), mask, MASKED, LAST_USE)
     return p, u
 
 
@@ -165,8 +176,8 @@ def _stage_b_tile(
     UNSCALE: tl.constexpr, A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Write p, and h, m and the unscaled gradient where stage A has not."""
-    momentum = tl.load(scalars + 7)
-    eta = tl.load(scalars + 8)
+    momentum = tl.load(scalars + SCALAR_MOMENTUM)
+    eta = tl.load(scalars + SCALAR_ETA)
     p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, MASKED)
     p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, LAST_USE)
     m = _load(m_ptr, at, mask, MASKED, LAST_USE).to(tl.float32)
@@ -182,7 +193,8 @@ def _stage_b_tile(
         _store(h_ptr, at, _as_stored(h, bits, STATE_TYPE), mask, MASKED, LAST_USE)
         _store(m_ptr, at, stored, mask, MASKED, LAST_USE)
         if UNSCALE:
-            _store(g_ptr, g_at, (g * tl.load(scalars + 10)).to(g_ptr.dtype.element_ty), mask, MASKED, LAST_USE)
+            unscaled = g * tl.load(scalars + SCALAR_INVERSE_SCALE)
+            _store(g_ptr, g_at, unscaled.to(g_ptr.dtype.element_ty), mask, MASKED, LAST_USE)
     p = p - (eta * ratio) * m
     if COMPENSATED:
         upper, lower = split(p)
@@ -281,9 +293,9 @@ def ratios_of_norms(
     ratio = _trust_ratio(
         tl.load(norm, mask=mask, other=0.0),
         tl.load(norm + 1, mask=mask, other=0.0),
-        tl.load(group + 4, mask=mask, other=0.0),
-        tl.load(group + 5, mask=mask, other=0.0),
-        tl.load(group + 6, mask=mask, other=0.0),
+        tl.load(group + SCALAR_TRUST_COEFFICIENT, mask=mask, other=0.0),
+        tl.load(group + SCALAR_CLIP_LOW, mask=mask, other=0.0),
+        tl.load(group + SCALAR_CLIP_HIGH, mask=mask, other=0.0),
     )
     tl.store(ratios + at, ratio, mask=mask)
     tl.store(ready + at, tl.zeros([BLOCK], dtype=tl.int32) + 1, mask=mask)
@@ -397,7 +409,8 @@ def fused_pass(
                     tl.store(norm, p_sum.to(tl.float32).to(tl.float64))
                     tl.store(norm + 1, u_sum.to(tl.float32).to(tl.float64))
                 else:
-                    gamma, low, high = tl.load(scalar_row + 4), tl.load(scalar_row + 5), tl.load(scalar_row + 6)
+                    gamma = tl.load(scalar_row + SCALAR_TRUST_COEFFICIENT)
+                    low, high = tl.load(scalar_row + SCALAR_CLIP_LOW), tl.load(scalar_row + SCALAR_CLIP_HIGH)
                     tl.store(ratios + tensor, _trust_ratio(p_sum, u_sum, gamma, low, high))
                     tl.debug_barrier()
                     tl.atomic_xchg(ready + tensor, 1, sem="release", scope="gpu")

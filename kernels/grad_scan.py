@@ -9,18 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_dals.kernels.fused_pass import (
-    ACCESS,
-    CHUNK_MASK,
-    NUMEL,
-    PIECE,
-    RUN,
-    TENSOR_SHIFT,
-    TENSOR_WIDTH,
-    end_of_full_tiles,
-    offsets_of_piece,
-    sums_of_runs,
-)
+from fused_dals.kernels.columns import ACCESS, CHUNK_MASK, NUMEL, TENSOR_SHIFT, TENSOR_WIDTH
+from fused_dals.kernels.fused_pass import PIECE, RUN, end_of_full_tiles, offsets_of_piece, sums_of_runs
 
 
 @triton.jit

@@ -35,9 +35,10 @@ WIDE, NARROW, STRIDED = 0, 1, 2
 #: Rows of sizes, parameter strides, gradient strides, innermost first, each of this many dimensions.
 MAX_DIMS = 6
 
-#: float64 table with a row per group: what the host knows.
+#: float64 table with a row per group: what the host knows. Learning rates, which schedulers write at every step, have a
+#: table of their own.
 GROUP_COLUMNS = (
-    "LR", "LR_SOURCE", "MOMENTUM", "WEIGHT_DECAY", "TRUST_COEFFICIENT", "CLIP_LOW", "CLIP_HIGH",
+    "LR_SOURCE", "MOMENTUM", "WEIGHT_DECAY", "TRUST_COEFFICIENT", "CLIP_LOW", "CLIP_HIGH",
     "EMA_DECAY_0", "EMA_DECAY_1", "EMA_DECAY_2", "THRESHOLD_1", "THRESHOLD_2",
     "TOTAL_STEPS", "WARMUP_STEPS", "RESTART_STEPS", "RESTART_MULT", "SIGN", "MAX_GRAD_NORM",
 )  # fmt: skip

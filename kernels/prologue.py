@@ -9,16 +9,45 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_dals.kernels import layout
+from fused_dals.kernels.columns import (
+    DROPPED,
+    GROUP_CLIP_HIGH,
+    GROUP_CLIP_LOW,
+    GROUP_EMA_DECAY_0,
+    GROUP_EMA_DECAY_1,
+    GROUP_EMA_DECAY_2,
+    GROUP_LR_SOURCE,
+    GROUP_MAX_GRAD_NORM,
+    GROUP_MOMENTUM,
+    GROUP_RESTART_MULT,
+    GROUP_RESTART_STEPS,
+    GROUP_SIGN,
+    GROUP_THRESHOLD_1,
+    GROUP_THRESHOLD_2,
+    GROUP_TOTAL_STEPS,
+    GROUP_TRUST_COEFFICIENT,
+    GROUP_WARMUP_STEPS,
+    GROUP_WEIGHT_DECAY,
+    GROUP_WIDTH,
+    LOSS_DROP,
+    LOSS_EMA,
+    SCALAR_ALPHA,
+    SCALAR_BYPASS,
+    SCALAR_CLIP_HIGH,
+    SCALAR_CLIP_LOW,
+    SCALAR_ETA,
+    SCALAR_GRAD_FACTOR,
+    SCALAR_INVERSE_SCALE,
+    SCALAR_MOMENTUM,
+    SCALAR_ONE_MINUS_ALPHA,
+    SCALAR_TRUST_COEFFICIENT,
+    SCALAR_WEIGHT_DECAY,
+    SCALAR_WIDTH,
+    SKIPPED_STEPS,
+    STEP,
+)
 from fused_dals.kernels.rounding import mix
 
-STEP = tl.constexpr(layout.STEP)
-LOSS_EMA = tl.constexpr(layout.LOSS_EMA)
-LOSS_DROP = tl.constexpr(layout.LOSS_DROP)
-SKIPPED_STEPS = tl.constexpr(layout.SKIPPED_STEPS)
-DROPPED = tl.constexpr(layout.DROPPED)
-GROUP_WIDTH = tl.constexpr(len(layout.GROUP_COLUMNS))
-SCALAR_WIDTH = tl.constexpr(len(layout.SCALAR_COLUMNS))
 GROUPS_PER_TURN = tl.constexpr(64)
 SYNC_PER_TURN = tl.constexpr(1024)
 SCAN_PER_TURN = tl.constexpr(256)
@@ -71,9 +100,22 @@ def _schedule_factor(t, total_steps, warmup_steps, restart_steps, restart_mult):
     return tl.where(total_steps > 0, planned, tl.where(restart_steps > 0, restarted, 1.0))
 
 
+@triton.jit
+def _given(row, COLUMN: tl.constexpr, mask):
+    """A hyperparameter of some groups."""
+    return tl.load(row + COLUMN, mask=mask, other=0.0)
+
+
+@triton.jit
+def _leave(row, COLUMN: tl.constexpr, value, mask):
+    """A scalar of some groups, for the pass."""
+    tl.store(row + COLUMN, value.to(tl.float32), mask=mask)
+
+
 @triton.jit(do_not_specialize=["group_count", "sync_count", "scan_count"])
 def prologue(
     groups,  # float64 [group_count, GROUP_WIDTH]
+    lrs,  # float64 [group_count]: what is not in a tensor
     lr_addresses,  # int64 [group_count]: of a tensor lr, else 0
     scalars,  # float32 [group_count, SCALAR_WIDTH], written
     seed,  # int32 [1], written: what stochastic rounding draws from in this step
@@ -120,41 +162,42 @@ def prologue(
         mask = index < group_count
         row = groups + index * GROUP_WIDTH
 
-        threshold_1 = tl.load(row + 10, mask=mask, other=0.0)
-        threshold_2 = tl.load(row + 11, mask=mask, other=0.0)
-        exploration = tl.load(row + 7, mask=mask, other=0.0)
-        exploitation = tl.load(row + 8, mask=mask, other=0.0)
-        refinement = tl.load(row + 9, mask=mask, other=0.0)
+        threshold_1 = _given(row, GROUP_THRESHOLD_1, mask)
+        threshold_2 = _given(row, GROUP_THRESHOLD_2, mask)
+        exploration = _given(row, GROUP_EMA_DECAY_0, mask)
+        exploitation = _given(row, GROUP_EMA_DECAY_1, mask)
+        refinement = _given(row, GROUP_EMA_DECAY_2, mask)
         alpha = tl.where(drop > threshold_1, exploration, tl.where(drop > threshold_2, exploitation, refinement))
         alpha = tl.where(ema == float("inf"), exploitation, alpha)
 
         factor = _schedule_factor(
             t + tl.zeros_like(alpha),
-            tl.load(row + 12, mask=mask, other=0.0),
-            tl.load(row + 13, mask=mask, other=0.0),
-            tl.load(row + 14, mask=mask, other=0.0),
-            tl.load(row + 15, mask=mask, other=1.0),
+            _given(row, GROUP_TOTAL_STEPS, mask),
+            _given(row, GROUP_WARMUP_STEPS, mask),
+            _given(row, GROUP_RESTART_STEPS, mask),
+            _given(row, GROUP_RESTART_MULT, mask),
         )
-        lr = tl.load(row, mask=mask, other=0.0)
-        source = tl.load(row + 1, mask=mask, other=0.0)
+        lr = tl.load(lrs + index, mask=mask, other=0.0)
+        source = _given(row, GROUP_LR_SOURCE, mask)
         address = tl.load(lr_addresses + index, mask=mask, other=0)
         single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=mask & (source == 1), other=0.0)
         double = tl.load(address.to(tl.pointer_type(tl.float64)), mask=mask & (source == 2), other=0.0)
         lr = tl.where(source == 1, single.to(tl.float64), tl.where(source == 2, double, lr))
 
         out = scalars + index * SCALAR_WIDTH
-        tl.store(out, alpha.to(tl.float32), mask=mask)
-        tl.store(out + 1, (1.0 - alpha).to(tl.float32), mask=mask)
-        tl.store(out + 2, (alpha == 1.0).to(tl.float32), mask=mask)
-        tl.store(out + 3, tl.load(row + 3, mask=mask, other=0.0).to(tl.float32), mask=mask)
-        tl.store(out + 4, tl.load(row + 4, mask=mask, other=0.0).to(tl.float32), mask=mask)
-        tl.store(out + 5, tl.load(row + 5, mask=mask, other=0.0).to(tl.float32), mask=mask)
-        tl.store(out + 6, tl.load(row + 6, mask=mask, other=0.0).to(tl.float32), mask=mask)
-        tl.store(out + 7, tl.load(row + 2, mask=mask, other=0.0).to(tl.float32), mask=mask)
-        tl.store(out + 8, (lr * factor).to(tl.float32), mask=mask)
-        sign = tl.load(row + 16, mask=mask, other=1.0)
+        _leave(out, SCALAR_ALPHA, alpha, mask)
+        _leave(out, SCALAR_ONE_MINUS_ALPHA, 1.0 - alpha, mask)
+        _leave(out, SCALAR_BYPASS, alpha == 1.0, mask)
+        _leave(out, SCALAR_WEIGHT_DECAY, _given(row, GROUP_WEIGHT_DECAY, mask), mask)
+        _leave(out, SCALAR_TRUST_COEFFICIENT, _given(row, GROUP_TRUST_COEFFICIENT, mask), mask)
+        _leave(out, SCALAR_CLIP_LOW, _given(row, GROUP_CLIP_LOW, mask), mask)
+        _leave(out, SCALAR_CLIP_HIGH, _given(row, GROUP_CLIP_HIGH, mask), mask)
+        _leave(out, SCALAR_MOMENTUM, _given(row, GROUP_MOMENTUM, mask), mask)
+        _leave(out, SCALAR_ETA, lr * factor, mask)
+        sign = _given(row, GROUP_SIGN, mask)
         # As clip_grad_norm_: a norm that is NaN makes every gradient NaN.
-        clip = tl.load(row + 17, mask=mask, other=0.0) / (norm + 1e-6)
-        clip = tl.where((clip > 1.0) | (tl.load(row + 17, mask=mask, other=0.0) < 0), 1.0, clip)
-        tl.store(out + 9, (sign * clip * inverse_scale).to(tl.float32), mask=mask)
-        tl.store(out + 10, (inverse_scale + tl.zeros_like(sign)).to(tl.float32), mask=mask)
+        max_norm = _given(row, GROUP_MAX_GRAD_NORM, mask)
+        clip = max_norm / (norm + 1e-6)
+        clip = tl.where((clip > 1.0) | (max_norm < 0), 1.0, clip)
+        _leave(out, SCALAR_GRAD_FACTOR, sign * clip * inverse_scale, mask)
+        _leave(out, SCALAR_INVERSE_SCALE, inverse_scale + tl.zeros_like(sign), mask)

@@ -18,7 +18,7 @@ PASS_SIGNATURE = {
     "seed": "*i32", "item_count": "i32",
 }  # fmt: skip
 PROLOGUE_SIGNATURE = {
-    "groups": "*fp64", "lr_addresses": "*i64", "scalars": "*fp32", "seed": "*i32", "state": "*fp64",
+    "groups": "*fp64", "lrs": "*fp64", "lr_addresses": "*i64", "scalars": "*fp32", "seed": "*i32", "state": "*fp64",
     "loss_sum": "*fp64", "loss_count": "fp32", "found_inf": "*fp32", "grad_scale": "*fp32", "scan": "*fp64",
     "scan_count": "i32", "skip_nonfinite": "fp32", "group_count": "i32", "sync": "*i32", "sync_count": "i32",
 }  # fmt: skip

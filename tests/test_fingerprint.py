@@ -25,9 +25,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Case:
-    """Groups and state as an optimizer holds them."""
+    """Groups and state as an optimizer holds them; ``others`` are so many parameters more on either side."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: int = 0) -> None:
         shapes = [(3, 4), (5,), (), (0,), (2, 3, 4)]
         params = [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
         params += [nn.Parameter(torch.randn(4, 6, device=DEVICE).t()) for _ in range(2)]
@@ -35,9 +35,18 @@ class Case:
         self.params = params
         for p in (*params[:3], params[5], params[7]):
             p.grad = torch.randn_like(p)
-        self.groups: list[dict[str, Any]] = [{"params": params[:2]}, {"params": params[2:]}, {"params": []}]
+        before, after = ([nn.Parameter(torch.zeros(2, device=DEVICE)) for _ in range(others)] for _ in range(2))
+        for p in (*before[::3], *after[::5]):
+            p.grad = torch.zeros_like(p)
+        self.groups: list[dict[str, Any]] = [
+            {"params": [*before, *params[:2]]},
+            {"params": [*params[2:], *after]},
+            {"params": []},
+        ]
         keys = ("grad_ema", "momentum_buffer")
-        self.state: dict[Any, dict[str, Any]] = {p: {key: torch.zeros_like(p) for key in keys} for p in params}
+        self.state: dict[Any, dict[str, Any]] = {
+            p: {key: torch.zeros_like(p) for key in keys} for p in (*before, *params, *after)
+        }
 
     def addresses(self) -> list[int]:
         grads = [p.grad for group in self.groups for p in group["params"]]
@@ -203,18 +212,24 @@ def print_of(case: Case, kind: str) -> Fingerprint | CompiledFingerprint:
     return CompiledFingerprint(HOST_WALK.compiled, case.groups, case.state)
 
 
+#: Parameters on either side of those that change: none, or so many that threads share the walk.
+FEW_OR_MANY = pytest.mark.parametrize("others", [0, 600], ids=["few", "many"])
+
+
+@FEW_OR_MANY
 @pytest.mark.parametrize("change", UNCHANGED)
-def test_what_a_plan_survives(change: Callable[[Case], None], either_walk: str, seed: int) -> None:
-    case = Case()
+def test_what_a_plan_survives(change: Callable[[Case], None], others: int, either_walk: str, seed: int) -> None:
+    case = Case(others)
     known = print_of(case, either_walk)
     change(case)
     found = known.follow(case.groups, case.state)
     assert found is not None and found.dtype == torch.int64 and found.tolist() == case.addresses()
 
 
+@FEW_OR_MANY
 @pytest.mark.parametrize("change", CHANGED)
-def test_what_a_plan_does_not_survive(change: Callable[[Case], None], either_walk: str, seed: int) -> None:
-    case = Case()
+def test_what_a_plan_does_not_survive(change: Callable[[Case], None], others: int, either_walk: str, seed: int) -> None:
+    case = Case(others)
     known = print_of(case, either_walk)
     change(case)
     assert known.follow(case.groups, case.state) is None
@@ -243,20 +258,18 @@ def test_what_the_compiled_walk_leaves_to_python(change: Callable[[Case], None],
 def test_groups_and_state_that_are_something_else_do_not_match(seed: int) -> None:
     case, walk = Case(), HOST_WALK.compiled
     addresses = torch.empty(5, dtype=torch.int64)
-    numbers = walk.record(case.groups, case.state, addresses)
-    assert walk.matches(numbers, case.groups, case.state, addresses)
+    known = walk.record(case.groups, case.state, addresses)
+    assert walk.matches(known, case.groups, case.state, addresses)
     groups: Any
     state: Any
     for groups in (tuple(case.groups), [1, 2, 3], [{}, {}, {}], [{"params": 3}] * 3, [{"params": [1, 2]}] * 3, None):
-        assert not walk.matches(numbers, groups, case.state, addresses)
+        assert not walk.matches(known, groups, case.state, addresses)
         assert walk.record(groups, case.state, addresses) is None
     for state in ([], {"a": 1}, {"a": {"b": None}}, None):
-        assert not walk.matches(numbers, case.groups, state, addresses)
+        assert not walk.matches(known, case.groups, state, addresses)
         assert walk.record(case.groups, state, addresses) is None
-    for shorter in (numbers[:-8], numbers[:-1], b""):
-        assert not walk.matches(shorter, case.groups, case.state, addresses)
     for room in (0, 4, 6):
-        assert not walk.matches(numbers, case.groups, case.state, torch.empty(room, dtype=torch.int64))
+        assert not walk.matches(known, case.groups, case.state, torch.empty(room, dtype=torch.int64))
 
 
 @needs_walk
@@ -299,8 +312,13 @@ def test_a_lazy_clone_gets_memory_of_its_own_before_a_kernel_writes(seed: int) -
     is_shared: Callable[[Tensor], bool] = torch._C._is_cow_tensor  # type: ignore[attr-defined]
     clone = nn.Parameter(torch._lazy_clone(torch.ones(64, device=DEVICE)))
     assert is_shared(clone)
-    CompiledFingerprint(HOST_WALK.compiled, [{"params": [clone]}], {})
-    assert not is_shared(clone)
+    groups = [{"params": [clone]}]
+    known = CompiledFingerprint(HOST_WALK.compiled, groups, {})
+    assert not is_shared(clone) and known.follow(groups, {}) is not None
+    other = torch._lazy_clone(clone)
+    assert known.follow(groups, {}) is None, "it shares its memory again, and nothing but Python may copy it"
+    CompiledFingerprint(HOST_WALK.compiled, groups, {})
+    assert not is_shared(clone) and other.data_ptr() != clone.data_ptr()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])

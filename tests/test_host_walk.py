@@ -37,7 +37,7 @@ def test_misuse_is_an_error(seed: int) -> None:
     for wrong in (torch.empty(4), torch.empty(8, dtype=torch.int64)[::2], [1, 2], None):
         with pytest.raises(RuntimeError, match="addresses must be"):
             walk.record(groups, {}, wrong)
-    with pytest.raises(RuntimeError, match="bytes that record returned"):
+    with pytest.raises(RuntimeError, match="what record returned"):
         walk.matches("numbers", groups, {}, addresses)
     with pytest.raises(RuntimeError, match=r"^known must be a list$"):
         walk.same_groups(groups, (), bytearray())
@@ -48,6 +48,9 @@ def test_misuse_is_an_error(seed: int) -> None:
         with pytest.raises(RuntimeError, match=r"known must hold|must be tuples"):
             walk.same_groups([{}], [wrong_entry], bytearray(8))
     assert walk.same_groups((), [((), (), None)], bytearray(8)) == CHANGED
+    for wrong in (None, torch.empty(1), torch.empty(4, dtype=torch.float64)[::2], [1]):
+        with pytest.raises(RuntimeError, match="numbers must be"):
+            walk.read_plain_lrs([{"lr": 0.1}], wrong)
     for wrong_list in ([1], (groups[0]["params"][0],), None):
         with pytest.raises(RuntimeError, match="list of tensors"):
             walk.increment_version(wrong_list)
@@ -60,6 +63,65 @@ def test_versions_go_up_as_by_torch(seed: int) -> None:
         without_version = torch.ones(3)
     host_walk.increment_version([p, without_version, p])
     assert p._version == 2
+
+
+WITH_MANY_TENSORS = """if True:
+    import os, sys, torch
+    from fused_dals.fingerprint import CompiledFingerprint
+    from fused_dals.host_walk import HOST_WALK
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3000)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    groups, state = [{"params": params}], {p: {"momentum_buffer": torch.ones(2)} for p in params}
+
+    def steps():
+        known = CompiledFingerprint(HOST_WALK.want(wait=True), groups, state)
+        for step in range(50):
+            assert known.follow(groups, state).tolist() == [p.grad.data_ptr() for p in params]
+            HOST_WALK.compiled.increment_version(params)
+        params[step * 59].grad = None
+        assert known.follow(groups, state) is None
+        assert {p._version for p in params} == {step + 1}
+        return True
+"""
+
+
+def run_with_many_tensors(program: str) -> list[str]:
+    """What a process prints that has more tensors than one thread looks at."""
+    done = subprocess.run([sys.executable, "-c", WITH_MANY_TENSORS + program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@needs_walk
+def test_many_tensors_on_one_core() -> None:
+    """Where nobody helps."""
+    program = """
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    before = len(os.listdir("/proc/self/task"))
+    steps()
+    print(len(os.listdir("/proc/self/task")) - before)
+    """
+    assert run_with_many_tensors(program) == ["0"]
+
+
+@needs_walk
+def test_helpers_are_left_behind_in_a_forked_process() -> None:
+    """It gets others."""
+    program = """
+    before = len(os.listdir("/proc/self/task"))
+    steps()
+    helpers = len(os.listdir("/proc/self/task")) - before
+    params[-50].grad = None
+    child = os.fork()
+    if child == 0:
+        known = CompiledFingerprint(HOST_WALK.compiled, groups, state)
+        same = known.follow(groups, state) is not None
+        os._exit(10 * same + len(os.listdir("/proc/self/task")))
+    print(helpers, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    helpers, of_child = map(int, run_with_many_tensors(program))
+    assert helpers == min(3, len(os.sched_getaffinity(0)) - 1) and of_child == 10 + 1 + helpers
 
 
 @pytest.fixture

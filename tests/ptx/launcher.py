@@ -112,7 +112,7 @@ class EmulatedLauncher:
     ) -> None:
         """As ``Launcher.launch``; nothing is launched again."""
         name = kernel.fn.__name__
-        loss = LOSS_TYPES[arguments[5].dtype] if name == "prologue" else ""
+        loss = LOSS_TYPES[arguments[kernel.arg_names.index("loss_sum")].dtype] if name == "prologue" else ""
         by_name = tuple((key, str(v) if key.endswith("_TYPE") else v) for key, v in constants.items())
         code = self.emulator.code((name, loss, by_name))
         own = [argument for argument in arguments if isinstance(argument, Tensor)]

@@ -32,8 +32,9 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 #: parameter, gradient, state
 DTYPES = [(p, g, s) for p in (F32, BF16, F16) for g in dict.fromkeys((p, F32)) for s in (F32, BF16)]
 
+#: With a learning rate that moves weights by far more than what bfloat16 rounds away.
 GROUP: dict[str, Any] = {
-    "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02, "trust_clip": (0.0, 5.0),
+    "lr": 50.0, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02, "trust_clip": (0.0, 5.0),
     "ema_decay": (0.3, 0.6, 0.7), "phase_thresholds": (0.01, 0.002), "total_steps": None, "warmup_fraction": 0.05,
     "restart_steps": None, "restart_mult": 2, "maximize": False, "max_grad_norm": None,
 }  # fmt: skip
@@ -100,14 +101,17 @@ def assert_as_exact_as_torch(tensors: Tensors, stage_a_writes: bool = True, **gr
     expected = truth.reference_step(torch.float64, **group)
     plain.reference_step(**group)
     ratios = tensors.fused_step(stage_a_writes=stage_a_writes, **group)
+    moving = "pm" if {**GROUP, **group}["ema_decay"][0] == 1 else "phm"
     for kind, name in enumerate("pghm"):
         lists = (tensors.lists[kind], plain.lists[kind], truth.lists[kind], start.lists[kind])
         for ours, theirs, exact, before in zip(*lists, strict=True):
             if ours.numel():
                 truncated = DEVICE.type == "cpu" and BF16 in (ours.dtype, tensors.lists[3][0].dtype)
                 floor = torch.finfo(BF16 if truncated else F32).eps
-                error = norm_error(ours, exact, before)
-                assert error <= 4 * norm_error(theirs, exact, before) + floor, (name, ours.shape)
+                bound = 4 * norm_error(theirs, exact, before) + floor
+                assert norm_error(ours, exact, before) <= bound, (name, ours.shape)
+                if ours.numel() >= 64 and name in moving:
+                    assert norm_error(before, exact, before) >= 10 * bound, f"{name} might as well have stayed"
     for p, ratio, exact_ratio in zip(tensors.lists[0], ratios.tolist(), expected, strict=True):
         # u may cancel where there is little of it: a single number loses three digits in one of a thousand draws.
         assert ratio == pytest.approx(exact_ratio, rel=2e-6 if p.numel() >= 64 else 1e-3)

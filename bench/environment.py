@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 import fused_dals
+
+SOURCES = (".py", ".cpp", ".h")
 
 #: Packages whose version a result depends on, besides torch; None where one is not installed.
 PACKAGES = ("triton", "numpy", "torch-optimi", "flashoptim", "pytorch_optimizer", "bitsandbytes")
@@ -40,6 +43,17 @@ def describe(threads: int) -> dict[str, str | int]:
     }
 
 
+def source_hash() -> str:
+    """Of the package's sources, which tells what was measured also where there is no repository."""
+    from fused_dals import kernels
+
+    folders = [Path(module.__file__).parent for module in (fused_dals, kernels) if module.__file__]
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.iterdir() if path.suffix in SOURCES):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def of_machine(described: Mapping[str, Any]) -> dict[str, Any]:
     """What a machine says of itself, and the versions of everything that matters."""
     host = describe(torch.get_num_threads())
@@ -49,4 +63,11 @@ def of_machine(described: Mapping[str, Any]) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {**host, "cpu": host["device"], **versions, **described, "kernel": platform.release()}
+    return {
+        **host,
+        "source": source_hash(),
+        "cpu": host["device"],
+        **versions,
+        **described,
+        "kernel": platform.release(),
+    }

@@ -34,6 +34,10 @@ class Machine(Protocol):
         """Device, driver and versions, ready for JSON."""
         ...
 
+    def conditions(self) -> dict[str, str]:
+        """Clocks, temperature and what holds them back at the moment, where the machine tells."""
+        ...
+
     def wait(self) -> None:
         """Until everything queued is done; DeviceHung where that never happens."""
         ...
@@ -88,6 +92,9 @@ class HostMachine:
 
     def describe(self) -> dict[str, Any]:
         return dict(environment.describe(torch.get_num_threads()))
+
+    def conditions(self) -> dict[str, str]:
+        return {}
 
     def wait(self) -> None:
         pass

@@ -10,9 +10,9 @@ from typing import Any
 
 
 def save(path: Path, record: dict[str, Any]) -> None:
-    """A run that is killed leaves the last whole file."""
+    """A run that is killed leaves the last whole file. What JSON does not know is there as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(_finite(record), indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps(_finite(record), indent=1, allow_nan=False, default=str) + "\n").encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:

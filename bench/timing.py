@@ -135,11 +135,13 @@ def time_contenders(
     samples: int,
     seed: int,
     after_each: Callable[[], object] = lambda: None,
+    time_is_up: Callable[[], bool] = lambda: False,
 ) -> list[StepRow]:
     """Time every contender once per round where all fit into memory, else one contender after the other.
 
     All step the same parameters along the same gradients, each with state of its own. A contender that does not fit
     into memory is a row that says so. ``after_each`` is called when a contender has been built, and after each sample.
+    When ``time_is_up``, no further round begins; all have as many samples.
     """
     parameters = sum(math.prod(shape) for _, shape in shapes)
     free = MEMORY_SHARE * machine.free_bytes()
@@ -162,7 +164,7 @@ def time_contenders(
     named = make_parameters(shapes, dtypes, machine.device, seed)
     for names in [fitting] if side_by_side else [[name] for name in fitting]:
         group = {name: (rows[name], contenders[name]) for name in names}
-        _time_group(machine, named, group, samples, after_each)
+        _time_group(machine, named, group, samples, after_each, time_is_up)
         machine.release()
     return list(rows.values())
 
@@ -173,6 +175,7 @@ def _time_group(
     group: Mapping[str, tuple[StepRow, Contender]],
     samples: int,
     after_each: Callable[[], object],
+    time_is_up: Callable[[], bool],
 ) -> None:
     samplers: dict[str, Sampler] = {}
 
@@ -188,12 +191,16 @@ def _time_group(
             machine.release()
 
     def build(name: str) -> None:
+        if time_is_up():
+            raise TimeoutError("left out: time is up")
         samplers[name] = Sampler(machine, group[name][1].build(named))
 
     for name in group:
         attempt(name, lambda name=name: build(name))  # type: ignore[misc]
         after_each()
-    for _ in range(samples):
+    for taken in range(samples):
+        if taken and time_is_up():
+            break
         for name in group:
             attempt(name, lambda name=name: group[name][0].device_samples_s.append(samplers[name].sample()))  # type: ignore[misc]
             after_each()

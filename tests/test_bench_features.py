@@ -20,10 +20,11 @@ from bench.compiled import CompileBudget, OutOfTime
 from bench.gpu import features as gpu_features
 from bench.gpu import graphs as gpu_graphs
 from bench.gpu import small_training
+from bench.gpu.compile_ahead import compilations_of
 from bench.gpu.correctness import Check
 from bench.gpu.features import FEATURES, features
 from bench.gpu.graphs import check_graphs
-from bench.gpu.jobs import Scale, compilations_of
+from bench.gpu.scale import Scale
 from bench.gpu.small_training import Training, Verdict, attempt, differing
 from bench.shapes import SHAPES
 from fused_dals import foreach, host, scan

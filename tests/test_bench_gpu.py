@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import io
 import json
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +23,6 @@ pytest.importorskip("tqdm")
 
 from bench import gpu, timing
 from bench.__main__ import main
-from bench.compiled import CompileBudget
 from bench.contenders import (
     ADAMW,
     BF16_STATE,
@@ -30,14 +35,16 @@ from bench.contenders import (
 from bench.gpu import checks as gpu_checks
 from bench.gpu import features as gpu_features
 from bench.gpu import jobs as gpu_jobs
+from bench.gpu import runner
 from bench.gpu import sweep as gpu_sweep
+from bench.gpu.compile_ahead import variants_of
 from bench.gpu.contenders import PASS_ALONE, contenders_for
-from bench.gpu.correctness import (
-    Spec,
-)
-from bench.gpu.jobs import Deadline, Job, Results, Scale, run_jobs, scale_for, variants_of
+from bench.gpu.correctness import Check, Spec
 from bench.gpu.machine import DeviceHung
 from bench.gpu.races import Crowd
+from bench.gpu.runner import Deadline, DeviceLost, Failure, Job, Results, run_jobs
+from bench.gpu.scale import Scale, scale_for
+from bench.gpu.supervisor import Progress, Store, supervise
 from bench.shapes import SHAPES
 from fused_dals.host_walk import HOST_WALK
 from tests.gpu_stand_ins import FP32, MIXED, TINY, CpuMachine, interpreted
@@ -76,7 +83,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
         changed: dict[str, tuple[float, ...]] = {"CHUNKS": (64, 128), "TILES": (32,), "WARPS": (4,), "PROGRAMS": (1, 2)}
         for name, values in {**changed, "WINDOW_SHARES": (0.5,)}.items():
             patch.setattr(gpu_sweep, name, values)
-        gpu.run(CpuMachine(), scale, path, workers=0)
+        gpu.run(CpuMachine(), scale, path, 0, Store(path.parents[1] / "progress"), Deadline.after(scale.seconds))
     record: dict[str, Any] = json.loads(path.read_text())
     return record, printed.getvalue()
 
@@ -85,9 +92,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
 def test_every_section_runs_and_nothing_fails(ran: tuple[dict[str, Any], str]) -> None:
     record, printed = ran
     assert record["ended"] == "complete"
-    assert record["failures"] == {section: [] for section in gpu_jobs.SECTIONS}
+    assert record["failures"] == {section: [] for section in runner.SECTIONS}
     assert record["environment"].keys() >= {"device", "driver", "cpu", "torch", "triton", "python", "date"}
-    for section in gpu_jobs.SECTIONS:
+    for section in runner.SECTIONS:
         assert record[section] and section in printed and record["seconds"][section] > 0
     assert "pass" in printed and "FAIL" in printed  # a CPU is slow
 
@@ -109,9 +116,13 @@ def test_checks_hold_in_the_interpreter(ran: tuple[dict[str, Any], str]) -> None
 def test_contenders_run_side_by_side_or_say_why_not(ran: tuple[dict[str, Any], str]) -> None:
     record, printed = ran
     steps = {(row["dtypes"], row["contender"]): row for row in record["steps"]}
-    assert [name for dtypes, name in steps if dtypes == "fp32"] == list(contenders_for(FP32, 3, CompileBudget(0, 0)))
+    assert [name for dtypes, name in steps if dtypes == "fp32"] == list(contenders_for(FP32))
     assert [name for dtypes, name in steps if dtypes == "bf16"] == [PASS_ALONE, BF16_STATE, COMPENSATED, ADAMW, SGD]
-    assert [key for key, row in steps.items() if row["error"]] == [("fp32", COMPILED)]
+    assert not any(row["error"] for row in steps.values())
+    assert [(row["contender"], row["error"] is None) for row in record["compiled"]] == [
+        (FUSED, True),
+        (COMPILED, False),
+    ]
     assert "the time for torch.compile in this run is spent" in printed
     assert (steps["fp32", CLIPPED]["bytes_per_parameter"], steps["bf16", COMPENSATED]["bytes_per_parameter"]) == (
         32,
@@ -165,11 +176,26 @@ def test_a_failing_job_is_a_row_and_the_rest_runs() -> None:
         raise RuntimeError("not\n now")
 
     jobs = [Job("host", "bad", breaks), Job("host", "good", lambda: [2])]
-    run_jobs(jobs, results, Deadline(60), lambda job: ran.append(job.label), lambda: None)
+    run_jobs(jobs, results, Deadline.after(60), CpuMachine(), after=lambda job: ran.append(job.label))
     assert results.rows["host"] == [1, 2] and ran == ["bad", "good"]
     assert [(f.label, f.error) for f in results.failures["host"]] == [("bad", "RuntimeError: not now")]
-    run_jobs(jobs[1:], results, Deadline(-1), lambda job: None, lambda: None)
-    assert results.failures["host"][1].error == "TimeoutError: left out: time is up"
+    run_jobs(jobs[1:], results, Deadline.after(-1), CpuMachine())
+    assert results.left_out["host"] == ["good"] and len(results.failures["host"]) == 1
+
+
+def test_a_device_that_answers_no_more_ends_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of one job is looked into: it may have left a context in which every call fails."""
+    results, machine = Results([1.0]), CpuMachine()
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(machine, "wait", fail)
+    jobs = [Job("races", "good", lambda: [1]), Job("races", "bad", lambda: [][0]), Job("host", "good", lambda: [2])]
+    with pytest.raises(DeviceLost, match=r"after races, bad: RuntimeError: CUDA error: an illegal"):
+        run_jobs(jobs, results, Deadline.after(60), machine)
+    assert results.rows["races"] == [1] and not results.rows["host"]
+    assert [failure.label for failure in results.failures["races"]] == ["bad"]
 
 
 def test_a_hung_device_ends_the_process_with_what_there_is(
@@ -183,8 +209,100 @@ def test_a_hung_device_ends_the_process_with_what_there_is(
 
     monkeypatch.setattr("bench.gpu.jobs.jobs_of", lambda *args: [Job("races", "one", hangs)])
     monkeypatch.setattr("os._exit", leave)
-    path = tmp_path / "gpu.json"
+    path, store = tmp_path / "gpu.json", Store(tmp_path / "progress")
     with pytest.raises(SystemExit) as stop:
-        gpu.run(CpuMachine(), Scale(models=()), path, workers=0)
+        gpu.run(CpuMachine(), Scale(models=()), path, 0, store, Deadline.after(60))
     assert stop.value.code == 1 and "error: still at work" in capsys.readouterr().err
     assert json.loads(path.read_text())["ended"] == "still at work"
+    progress = store.load()
+    assert (progress.begun, progress.running, progress.status) == (1, None, None)
+    assert progress.results.failures["races"] == [Failure("one", "still at work")]
+
+
+def test_what_cannot_be_shown_or_written_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that the table cannot show, and a figure that JSON does not have."""
+    odd_row = gpu_checks.HostRow("odd", 1, 1, timing.Spread("a", "b", "c"), [])
+    odd_figure = Check("odd", True, "", {"figure": torch.tensor(1.0)})  # type: ignore[dict-item]
+    jobs = [Job("host", "one", lambda: [odd_row]), Job("races", "one", lambda: [odd_figure])]
+    monkeypatch.setattr("bench.gpu.jobs.jobs_of", lambda *args: jobs)
+    path = tmp_path / "gpu.json"
+    assert gpu.run(CpuMachine(), Scale(models=()), path, 0, Store(tmp_path / "progress"), Deadline.after(60)) == 0
+    said = capsys.readouterr()
+    assert "error: TypeError: " in said.err and "races" in said.out
+    record = json.loads(path.read_text())
+    assert record["races"][0]["figures"] == {"figure": "tensor(1.)"} and record["host"][0]["contender"] == "odd"
+
+
+# -- watched from outside ---------------------------------------------------------------------------------------------
+
+
+def _fine() -> list[Check]:
+    return [Check("fine", True, "")]
+
+
+def _sleeps() -> list[Check]:
+    time.sleep(600)
+    return []
+
+
+def _holds_the_lock() -> list[Check]:
+    """As a wait inside a driver does: no thread of Python's runs."""
+    ctypes.PyDLL(None).sleep(600)
+    return []
+
+
+def _dies() -> list[Check]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return []
+
+
+def _starts_another() -> list[Check]:
+    subprocess.Popen(["sleep", "600"])
+    return _sleeps()
+
+
+WATCHED = (_fine, _sleeps, _fine, _holds_the_lock, _dies, _starts_another, _fine)
+
+
+def _work(folder: Path, store: Store, deadline: Deadline) -> int:
+    """What is left of the jobs above, in one of the processes."""
+    jobs = [Job("races", f"{i} {run.__name__}", run, 1.5) for i, run in enumerate(WATCHED)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.gpu.jobs.jobs_of", lambda *args: jobs)
+        return gpu.run(CpuMachine(), Scale(models=()), folder / "gpu.json", 0, store, deadline)
+
+
+def _dies_at_once(store: Store, deadline: Deadline) -> int:
+    raise RuntimeError("no device")
+
+
+def test_jobs_that_hang_or_kill_their_process_are_failures_and_all_others_run(tmp_path: Path) -> None:
+    before = _sleepers()
+    store = Store(tmp_path / "progress")
+    assert supervise(store, Deadline.after(120), functools.partial(_work, tmp_path)) == 1, "failures are no success"
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["ended"] == "complete" and [row["label"] for row in record["races"]] == ["fine"] * 3
+    failures = {failure["label"]: failure["error"] for failure in record["failures"]["races"]}
+    assert list(failures) == ["1 _sleeps", "3 _holds_the_lock", "4 _dies", "5 _starts_another"]
+    assert failures.pop("4 _dies") == "the process ended with status -11"
+    assert set(failures.values()) == {"the process was ended: no word from it for 2 s"}
+    assert _sleepers() == before, "what a process has started ends with it"
+
+
+def _sleepers() -> int:
+    return int(subprocess.run(["pgrep", "-cf", "^sleep 600"], capture_output=True, text=True).stdout)
+
+
+def test_a_process_that_comes_to_no_job_is_not_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert supervise(Store(tmp_path / "progress"), Deadline.after(60), _dies_at_once) == 1
+    said = capfd.readouterr().err
+    assert said.count("RuntimeError: no device") == 1 and "error: the process ended with status 1" in said
+
+
+def test_progress_outlives_its_process(ran: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+    store = Store(tmp_path / "progress")
+    assert store.load() == Progress()
+    store.save(Progress(Results([1.0], rows={"host": [Check("a", True, "")]}), 3, ("host", "a", 1.5)))
+    assert store.load().results.rows == {"host": [Check("a", True, "")]} and store.load().begun == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import Any
@@ -120,6 +121,11 @@ def test_a_race_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     check = hunt_races(CpuMachine(), FP32, Crowd(3, 10, 1, 100), Plan(chunk=64), 6, 0)
     assert not check.passed and "1 of 6 reruns differ: [2]" in check.detail
     assert "an error is above its bound" in check.detail  # nothing was updated
+    steps = itertools.count()
+    late = hunt_races(CpuMachine(), FP32, Crowd(3, 10, 1, 100), Plan(chunk=64), 50, 0, lambda: next(steps) >= 2)
+    assert "7 reruns of 4 tensors" in late.detail, (
+        "every window once, the first twice, and two asked before it was late"
+    )
 
 
 def test_waiting_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

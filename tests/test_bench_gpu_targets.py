@@ -20,8 +20,9 @@ from bench.gpu import checks as gpu_checks
 from bench.gpu.correctness import (
     Check,
 )
-from bench.gpu.jobs import Deadline, Job, Results, run_jobs, targets_of
-from bench.gpu.targets import host_targets, launch_targets, plan_bytes, step_targets
+from bench.gpu.jobs import targets_of
+from bench.gpu.runner import Deadline, Job, Results, run_jobs
+from bench.gpu.targets import compiled_targets, host_targets, launch_targets, plan_bytes, step_targets
 from bench.timing import Spread, StepRow
 from tests.gpu_stand_ins import BF16, FP32, MIXED, CpuMachine
 
@@ -47,7 +48,6 @@ def test_targets_on_step_times() -> None:
         _step_row("resnet50", FUSED, 0.2),
         _step_row("resnet50", ADAMW, 0.21),
         _step_row("resnet50", FOREACH, 0.45),
-        _step_row("resnet50", COMPILED, 0.3),
         _step_row("llama_7b", FUSED, 50.0),
         _step_row("llama_7b", ADAMW, 40.0),
     ]
@@ -58,10 +58,16 @@ def test_targets_on_step_times() -> None:
         ("1.25", False),
         ("0.95", True),
         ("2.25", False),
-        ("0.67", True),
         ("1.25", True),
         ("not measured", None),
     ]
+
+
+def test_targets_beside_the_compiled_reference() -> None:
+    rows = [_step_row(model, FUSED, 0.2) for model in ("resnet50", "gpt2", "vit_b_16")]
+    assert list(compiled_targets(rows)) == []
+    rows += [_step_row("resnet50", COMPILED, 0.3), _step_row("gpt2", COMPILED, 0.1)]
+    assert [(t.value, t.passed) for t in compiled_targets(rows)] == [("0.67", True), ("2.00", False)]
 
 
 def test_targets_on_host_time_and_launches() -> None:
@@ -81,11 +87,17 @@ def test_checks_that_fail_or_were_not_made_fail_their_target() -> None:
     assert [target.passed for target in targets_of(results, CpuMachine())][:4] == [None] * 4
     results.rows["races"] = [Check("a", True, ""), Check("b", False, "")]
     results.rows["waiting"] = [Check("a", True, "")]
-    run_jobs([Job("correctness", "bad", lambda: [][0])], results, Deadline(60), lambda job: None, lambda: None)
-    run_jobs([Job("features", "bad", lambda: [][0])], results, Deadline(60), lambda job: None, lambda: None)
+    run_jobs([Job("correctness", "bad", lambda: [][0])], results, Deadline.after(60), CpuMachine())
+    late = [Job(section, "late", lambda: [][0]) for section in ("races", "waiting", "features")]
+    run_jobs(late, results, Deadline.after(-1), CpuMachine())
     targets = targets_of(results, CpuMachine())
-    assert [target.passed for target in targets[:4]] == [False, False, True, False]
-    assert targets[1].value == "2 checks, 1 bad"
+    assert [target.passed for target in targets[:4]] == [False, False, None, None], "late is not bad, and not right"
+    assert [target.value for target in targets[:4]] == [
+        "0 checks, 1 bad",
+        "2 checks, 1 bad, 1 left out",
+        "1 checks, 0 bad, 1 left out",
+        "not measured, 1 left out",
+    ]
 
 
 def test_windows_of_the_sweep() -> None:

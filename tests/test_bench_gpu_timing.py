@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import Any
@@ -65,7 +66,7 @@ def test_the_compiled_reference_is_the_reference() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-CONTENDERS_BY_NAME = {name: c.build for name, c in contenders_for(FP32, 3, CompileBudget(0, 0)).items()}
+CONTENDERS_BY_NAME = {name: c.build for name, c in contenders_for(FP32).items()}
 
 
 def test_compiling_has_its_limits() -> None:
@@ -95,6 +96,22 @@ def _counting(calls: list[str], name: str, fails: bool = False) -> Contender:
             raise RuntimeError("out of memory")
 
     return Contender(lambda named: step, 28, 8)
+
+
+def test_when_time_is_up_rounds_end_and_nobody_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MOST_STEPS", 1)
+
+    def timed(asked_before: int) -> list[timing.StepRow]:
+        asked = itertools.count()
+        contenders = {name: _counting([], name) for name in "xy"}
+        return time_contenders(
+            CpuMachine(), "m", FP32, "fp32", TINY, contenders, 9, 0, time_is_up=lambda: next(asked) >= asked_before
+        )
+
+    assert [len(row.device_samples_s) for row in timed(4)] == [3, 3]
+    built, late = timed(1)
+    assert len(built.device_samples_s) == 1 and built.device_s is not None
+    assert late.error == "TimeoutError: left out: time is up" and late.device_s is None
 
 
 @pytest.mark.parametrize("side_by_side", [True, False])

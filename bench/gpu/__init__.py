@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +16,13 @@ import torch
 
 from bench import environment, extras, record
 from bench.shapes import SHAPES
+from bench.timing import one_line
 
 if TYPE_CHECKING:
-    from bench.gpu.jobs import Job, Scale
+    from bench.gpu.runner import Deadline, Job
+    from bench.gpu.scale import Scale
+    from bench.gpu.supervisor import Store
+    from bench.gpu.targets import Target
     from bench.machine import Machine
 
 
@@ -24,8 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu",
         description="On a GPU, in at most eight minutes: correctness of the compiled kernels, a race hunt, waiting, "
-        "launches, host time, graphs, GradScaler, clipping, narrow state, step time beside other optimizers, a tuning "
-        "sweep; then the targets, passed or not.",
+        "GradScaler, clipping, narrow state, graphs, host time, step time beside other optimizers, launches, the "
+        "compiled reference, a tuning sweep; then the targets, passed or not. A part that hangs or breaks the device "
+        "is a failure, and the others still run.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results, after each part anew")
     parser.add_argument("--quick", action="store_true", help="three models, fewer samples, no sweep: two minutes")
@@ -42,54 +49,93 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("error: TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
     extras.require("tqdm")
-    from bench.gpu.jobs import COMPILE_WORKERS, scale_for
+    from bench.gpu.runner import Deadline
+    from bench.gpu.scale import scale_for
+    from bench.gpu.supervisor import Store, supervise
+
+    scale = scale_for(args.models, args.quick)
+    with tempfile.TemporaryDirectory(prefix="fused_dals_") as folder:
+        store = Store(Path(folder, "progress"))
+        return supervise(store, Deadline.after(scale.seconds), partial(_run_on_gpu, scale, args.json))
+
+
+def _run_on_gpu(scale: Scale, path: Path | None, store: Store, deadline: Deadline) -> int:
+    from bench.gpu.compile_ahead import COMPILE_WORKERS
     from bench.gpu.machine import CudaMachine
 
     workers = max(1, min(COMPILE_WORKERS, (os.cpu_count() or 1) // 2))
     machine = CudaMachine(torch.device("cuda", torch.cuda.current_device()))
-    return run(machine, scale_for(args.models, args.quick), args.json, workers)
+    return run(machine, scale, path, workers, store, deadline)
 
 
-def run(machine: Machine, scale: Scale, path: Path | None, workers: int) -> int:
-    """Run everything, print section by section; 0 if no check and no target failed."""
+def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: Store, deadline: Deadline) -> int:
+    """Run what is left to do, print section by section; 0 if no check and no target failed.
+
+    Where the device is lost the process ends at once, with what there is in the store and in the file.
+    """
     from tqdm import tqdm
 
     from bench.gpu import report
-    from bench.gpu.jobs import Deadline, Results, jobs_of, run_jobs, targets_of
-    from bench.gpu.machine import DeviceHung
+    from bench.gpu.jobs import jobs_of, targets_of
+    from bench.gpu.runner import DeviceLost, run_jobs
 
     described = environment.of_machine(machine.describe())
-    print(", ".join(f"{key} {value}" for key, value in described.items()))
-    results = Results([machine.copy_bandwidth() for _ in range(scale.copy_samples)])
-    deadline = Deadline(scale.seconds)
+    progress = store.load()
+    results = progress.results
+    if progress.begun == 0:
+        print(", ".join(f"{key} {value}" for key, value in described.items()), flush=True)
+    results.conditions.append(machine.conditions())
+    results.copy_samples += [machine.copy_bandwidth() for _ in range(scale.copy_samples)]
     jobs = jobs_of(machine, scale, results, deadline, workers)
     last = {job.section: job for job in jobs}
 
+    def targets() -> list[Target]:
+        found: list[Target] = []
+        attempt(lambda: found.extend(targets_of(results, machine)))
+        return found
+
     def save(ended: str) -> None:
         if path is not None:
-            record.save(path, report.record(described, scale, results, targets_of(results, machine), ended))
+            record.save(path, report.record(described, scale, results, targets(), ended))
 
-    with tqdm(total=len(jobs), unit="part") as bar:
+    def show(section: str) -> None:
+        tqdm.write("\n" + report.section_text(section, results))
+
+    def attempt(work: Callable[[], None]) -> None:
+        """What cannot be shown or written now may be later, with all that is still to come."""
+        try:
+            work()
+        except Exception as error:
+            tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+
+    with tqdm(total=len(jobs), initial=progress.begun, unit="part") as bar:
+
+        def before(job: Job) -> None:
+            bar.set_description(job.section)
+            store.begin(progress, job)
+            attempt(lambda: save(f"while at {job.section}, {job.label}"))
 
         def after(job: Job) -> None:
-            bar.set_description(job.section)
             bar.update()
+            store.end(progress)
             if last[job.section] is job:
-                bar.write("\n" + report.section_text(job.section, results))
-            save(f"stopped after {job.section}, {job.label}")
+                attempt(lambda: show(job.section))
+            attempt(lambda: save(f"after {job.section}, {job.label}"))
 
         try:
-            run_jobs(jobs, results, deadline, after, machine.release)
-        except DeviceHung as hung:
-            print(f"error: {hung}", file=sys.stderr)
-            save(str(hung))
-            sys.stderr.flush()
+            run_jobs(jobs[progress.begun :], results, deadline, machine, before, after)
+        except DeviceLost as lost:
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+            store.end(progress)
+            attempt(partial(save, str(lost)))
             sys.stdout.flush()
             os._exit(1)  # leaving in order would wait for the device
-    targets = targets_of(results, machine)
-    print("\n" + report.target_table(targets))
+    held = targets()
+    print("\n" + report.target_table(held))
+    results.conditions.append(machine.conditions())
     save("complete")
     if path is not None:
         print(f"\nresults: {path}")
-    failed = any(target.passed is False for target in targets)
-    return 1 if failed else 0
+    progress.status = int(not held or any(target.passed is False for target in held))
+    store.end(progress)
+    return progress.status

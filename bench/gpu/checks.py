@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bench.byte_table import Dtypes
-from bench.compiled import CompileBudget
-from bench.contenders import ADAMW, COMPILED, FUSED, LR, NamedParameter, Step, torch_contenders
+from bench.contenders import ADAMW, FUSED, LR, NamedParameter, Step, torch_contenders
 from bench.gpu.contenders import contenders_for
 from bench.gpu.correctness import Check
 from bench.machine import Machine
@@ -124,9 +123,7 @@ def count_launches(machine: Machine, count: int) -> list[LaunchRow]:
     rows = [control]
     named = many_parameters(machine, count)
     builders: dict[str, Callable[[Sequence[NamedParameter]], Step]] = {
-        name: contender.build
-        for name, contender in contenders_for(FP32, count, CompileBudget(0, 0)).items()
-        if name != COMPILED
+        name: contender.build for name, contender in contenders_for(FP32).items()
     }
     builders[WITHOUT_LOSS] = _dals_without_loss
     for name, build in builders.items():
@@ -174,7 +171,13 @@ class HostRow:
     error: str | None = None
 
 
-def time_host(machine: Machine, count: int, groups: Sequence[int], samples: int) -> list[HostRow]:
+def time_host(
+    machine: Machine,
+    count: int,
+    groups: Sequence[int],
+    samples: int,
+    time_is_up: Callable[[], bool] = lambda: False,
+) -> Iterator[HostRow]:
     """Steps of the fused path with its parameters in so many groups, with gradients that move, and of AdamW."""
     named = many_parameters(machine, count)
     loss = torch.ones((), device=machine.device)
@@ -204,10 +207,11 @@ def time_host(machine: Machine, count: int, groups: Sequence[int], samples: int)
     }
     jobs[ADAMW, 1] = lambda: torch_contenders(FP32)[ADAMW].build(named)
     jobs[f"{FUSED}, gradients at new addresses each step (their assignment included)", 1] = moving_gradients
-    rows = []
     for (name, number), build in jobs.items():
         row = HostRow(name, count, number, None, [])
         try:
+            if time_is_up():
+                raise TimeoutError("left out: time is up")
             step = build()
             for _ in range(3):
                 step()
@@ -215,8 +219,7 @@ def time_host(machine: Machine, count: int, groups: Sequence[int], samples: int)
             row.host_s = Spread.of(row.samples_s)
         except Exception as error:
             row.error = one_line(error)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def host_time(rows: Sequence[HostRow]) -> Mapping[int, float]:

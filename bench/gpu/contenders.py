@@ -34,7 +34,7 @@ from fused_dals.reference import compute_dtype
 PASS_ALONE = "DALS fused pass alone"
 
 
-def contenders_for(dtypes: Dtypes, tensors: int, budget: CompileBudget) -> dict[str, Contender]:
+def contenders_for(dtypes: Dtypes) -> dict[str, Contender]:
     """Who competes on parameters of these dtypes; AdamW and SGD keep their state in the parameters' dtype."""
     p, g, state = item_sizes(dtypes)
     moves = least_bytes(p, g, state)
@@ -49,15 +49,17 @@ def contenders_for(dtypes: Dtypes, tensors: int, budget: CompileBudget) -> dict[
             **{name: theirs[name] for name in (ADAMW, SGD)},
         }
     ours = dals_contenders(dtypes)
-    found = {
+    return {
         FUSED: ours[FUSED],
         CLIPPED: Contender(dals(fused=True, max_grad_norm=1.0), moves + g, 2 * state),
         FOREACH: ours[FOREACH],
         **{name: theirs[name] for name in (ADAMW, SGD, ADAMW_FOREACH)},
     }
-    if dtypes[0] == torch.float32:
-        found[COMPILED] = compiled_contender(dtypes, tensors, budget)
-    return found
+
+
+def beside_compiled(dtypes: Dtypes, tensors: int, budget: CompileBudget) -> dict[str, Contender]:
+    """The reference under torch.compile, and the path that promises never to be slower."""
+    return {FUSED: dals_contenders(dtypes)[FUSED], COMPILED: compiled_contender(dtypes, tensors, budget)}
 
 
 def _pass_alone(state_dtype: torch.dtype) -> Factory:

@@ -186,7 +186,8 @@ class Placed:
         order = range(len(self.tensors.params)) if order is None else order
         driver = PassDriver(self.tensors.reordered(order), plan, {**HYPERPARAMETERS, **overrides})
         ratios = torch.empty(len(order), device=self.tensors.params[0].device)
-        ratios[torch.tensor(list(order), device=ratios.device)] = driver.step()
+        places = torch.tensor(list(order), device=ratios.device)  # before the step: this copy waits for the device
+        ratios[places] = driver.step()
         own = self.tensors
         return Outcome(own.params, own.grad_emas, own.momentum_buffers, ratios)
 
@@ -326,7 +327,7 @@ def check_optimizer(machine: Machine, seed: int) -> Check:
             for i, (p, grad) in enumerate(zip(params, grads[step], strict=True)):
                 p.grad = None if (step + i) % 5 == 3 else grad.to(device, dtype)
             optimizer.step(loss=torch.tensor(loss, device=device, dtype=F64))
-        machine.wait()
+            machine.wait()  # by polling: a copy to or from the device would wait for a kernel that never ends
         state = [optimizer.state[p] for p in params]
         ratios = torch.tensor(list(optimizer.trust_ratios().values()), dtype=F64)
         emas, momenta = [s["grad_ema"] for s in state], [s["momentum_buffer"] for s in state]

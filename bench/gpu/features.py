@@ -41,19 +41,21 @@ Feature = Callable[[], Iterable[Check]]
 def features(machine: Machine, samples: int, budget: CompileBudget, seed: int) -> dict[str, Feature]:
     """The checks by name. Their work on the device is a few hundred small steps, and a second of steps of two lists."""
     return {
-        "self-check": lambda: [attempt("fused=None takes the kernels", lambda: _default_path(machine, seed))],
         "scaling": lambda: _check_scaling(machine, seed),
         "clipping": lambda: _check_clipping(machine, seed),
         "narrow": lambda: _check_narrow(machine, seed),
-        "scan": lambda: _check_scan(machine, samples, seed),
         "graphs": lambda: check_graphs(machine, seed),
+        "self-check": lambda: [attempt("fused=None takes the kernels", lambda: _default_path(machine, seed))],
+        "scan": lambda: _check_scan(machine, samples, seed),
         "compile": lambda: [
             attempt("torch.compile: a new lr is no new graph", lambda: _compiled(budget, machine, seed))
         ],
     }
 
 
-FEATURES = ("self-check", "scaling", "clipping", "narrow", "scan", "graphs", "compile")
+FEATURES = ("scaling", "clipping", "narrow", "graphs", "self-check", "scan", "compile")
+#: Those that use the profiler, take times or compile, and so come when times have been taken.
+LATE_FEATURES = ("self-check", "scan", "compile")
 
 #: Kernels that only these checks and the contenders of these names need: parameter dtype and arguments.
 KERNELS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {

@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 
+from bench.gpu.runner import DeviceLost
 from bench.machine import Launch
 
 #: Far above what one launch, or what is queued before it, can take.
-HANG_SECONDS = 60.0
+HANG_SECONDS = 30.0
 COPY_BYTES = 1 << 30
 COPIES_PER_SAMPLE = 10
 MATMUL_WIDTH = 4096
 MATMULS = 16
+CONDITIONS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
 LAUNCH_CATEGORIES = ("kernel", "gpu_memset", "gpu_memcpy")
 
 
-class DeviceHung(BaseException):
-    """Queued work does not end. No Exception: nothing but ending the process helps."""
+class DeviceHung(DeviceLost):
+    """Queued work does not end."""
 
 
 class CudaMachine:
@@ -54,10 +56,13 @@ class CudaMachine:
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": self.l2_bytes,
             "memory_bytes": properties.total_memory,
-            "driver": _driver_version(),
+            "driver": _ask_driver("driver_version").get("driver_version"),
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         }
+
+    def conditions(self) -> dict[str, str]:
+        return _ask_driver(*CONDITIONS)
 
     def wait(self) -> None:
         for stream in (torch.cuda.current_stream(), self.side_stream):
@@ -164,10 +169,12 @@ def _wait_for(event: torch.cuda.Event) -> None:
         time.sleep(2e-5)
 
 
-def _driver_version() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _ask_driver(*questions: str) -> dict[str, str]:
+    """Answers of nvidia-smi, of the first device; none where it does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(questions)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.stdout else None
+        return {}
+    answers = [answer.strip() for answer in done.stdout.partition("\n")[0].split(",")]
+    return dict(zip(questions, answers, strict=True)) if len(answers) == len(questions) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,15 +65,30 @@ class FlatSet:
             flat.copy_(start)
 
 
-def hunt_races(machine: Machine, dtypes: Dtypes, crowd: Crowd, plan: Plan, reruns: int, seed: int) -> Check:
-    """Steps from one start, in turn under several windows, while another stream works: all must leave the same bits."""
+def hunt_races(
+    machine: Machine,
+    dtypes: Dtypes,
+    crowd: Crowd,
+    plan: Plan,
+    reruns: int,
+    seed: int,
+    time_is_up: Callable[[], bool] = lambda: False,
+) -> Check:
+    """Steps from one start, in turn under several windows, while another stream works: all must leave the same bits.
+
+    With fewer reruns where time is up before.
+    """
     flat_set = FlatSet(crowd, dtypes, machine.device, seed)
     windows = (None, 0, 1, 64, LAST)
     drivers = [PassDriver(flat_set.tensors, replace(plan, window=w), HYPERPARAMETERS) for w in windows]
     first: list[Tensor] = []
     differing: list[int] = []
     shares: dict[str, float] = {}
+    done = 0
     for rerun in range(reruns + 1):
+        if rerun > len(drivers) and time_is_up():
+            break
+        done = rerun
         flat_set.restore()
         machine.wait()
         machine.keep_busy()
@@ -91,10 +107,8 @@ def hunt_races(machine: Machine, dtypes: Dtypes, crowd: Crowd, plan: Plan, rerun
     right = all(share <= 1 for share in shares.values())
     problems = [] if right else ["an error is above its bound"]
     if differing:
-        problems.append(f"{len(differing)} of {reruns} reruns differ: {differing[:10]}")
-    detail = "; ".join(
-        [*problems, f"{reruns} reruns of {len(flat_set.tensors.params)} tensors", describe_shares(shares)]
-    )
+        problems.append(f"{len(differing)} of {done} reruns differ: {differing[:10]}")
+    detail = "; ".join([*problems, f"{done} reruns of {len(flat_set.tensors.params)} tensors", describe_shares(shares)])
     return Check(f"{dtypes_label(dtypes)}, {writer_label(plan)}", not problems, detail, shares)
 
 

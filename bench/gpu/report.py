@@ -9,7 +9,8 @@ from typing import Any
 from bench.cache_model import plan_in_use
 from bench.gpu.checks import HostRow, LaunchRow
 from bench.gpu.correctness import Check
-from bench.gpu.jobs import SECTIONS, Results, Scale
+from bench.gpu.runner import SECTIONS, Results
+from bench.gpu.scale import Scale
 from bench.gpu.sweep import SweepRow
 from bench.gpu.targets import Target
 from bench.step_table import notes, steps_text
@@ -19,18 +20,21 @@ from bench.table import format_table
 def section_text(section: str, results: Results) -> str:
     """A section's table, its failures below."""
     rows = results.rows[section]
-    if not rows and not results.failures[section]:
+    if not rows and not results.failures[section] and not results.left_out[section]:
         return f"{section}: nothing to do"
     makers: dict[str, Any] = {
         "launches": launch_table,
         "host": host_table,
         "steps": lambda rows: steps_text(rows, results.copy_bandwidth) + notes(True),
+        "compiled": lambda rows: steps_text(rows, results.copy_bandwidth),
         "sweep": sweep_table,
     }
     lines = [f"{section} ({results.seconds[section]:.0f} s)"]
     if rows:
         lines.append(makers.get(section, check_table)(rows))
     lines += [f"{failure.label} failed: {failure.error}" for failure in results.failures[section]]
+    if results.left_out[section]:
+        lines.append(f"left out, as time was up: {'; '.join(results.left_out[section])}")
     return "\n".join(lines)
 
 
@@ -103,10 +107,12 @@ def record(
         "environment": described,
         "settings": {**settings, "plan": plan_in_use()},
         "ended": ended,
+        "conditions": results.conditions,
         "copy_bytes_per_s": {"best": max(results.copy_samples, default=None), "samples": results.copy_samples},
         "targets": [asdict(target) for target in targets],
         "seconds": results.seconds,
         **{section: [asdict(row) for row in results.rows[section]] for section in SECTIONS},
         "failures": {section: [asdict(failure) for failure in rows] for section, rows in results.failures.items()},
+        "left_out": results.left_out,
         "notes": notes(True),
     }

@@ -25,6 +25,7 @@ class StepFile:
     copies: list[float]
     rows: list[StepRow]
     plan: dict[str, Any] | None
+    beside_compiled: list[StepRow] = field(default_factory=list)  # the fused path beside the compiled reference
 
     @property
     def copy_bandwidth(self) -> float | None:
@@ -67,8 +68,8 @@ def load(folder: Path) -> Results:
         record = json.loads(path.read_text())
         if record.get("steps"):
             copies, plan = record["copy_bytes_per_s"]["samples"], record["settings"].get("plan")
-            rows = [row_from(row) for row in record["steps"]]
-            results.steps.append(StepFile(path.name, record["environment"], copies, rows, plan))
+            rows, beside = ([row_from(row) for row in record.get(key, ())] for key in ("steps", "compiled"))
+            results.steps.append(StepFile(path.name, record["environment"], copies, rows, plan, beside))
         elif "training_steps" in record:
             results.training.append((path.name, record))
         elif record.get("predicted"):

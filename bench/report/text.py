@@ -128,7 +128,7 @@ def speed_page(results: Results) -> str:
                 f"Copy bandwidth in the same run, read plus written: {found.copy_bandwidth / 1e9:.1f} GB/s, the best "
                 f"of {len(found.copies)} samples (median {median(found.copies) / 1e9:.1f})."
             )
-        blocks += _step_tables(found)
+        blocks += [*_step_tables(found, found.rows), *_step_tables(found, found.beside_compiled)]
         compared = list(_predicted_beside_measured(found))
         if compared:
             header = ["DALS fused", "bytes per parameter, PREDICTED", "ms at copy speed, PREDICTED", "ms, measured"]
@@ -139,9 +139,9 @@ def speed_page(results: Results) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _step_tables(found: StepFile) -> Iterator[str]:
-    for key in dict.fromkeys((row.model, row.dtypes) for row in found.rows):
-        rows = [row for row in found.rows if (row.model, row.dtypes) == key]
+def _step_tables(found: StepFile, all_rows: Sequence[StepRow]) -> Iterator[str]:
+    for key in dict.fromkeys((row.model, row.dtypes) for row in all_rows):
+        rows = [row for row in all_rows if (row.model, row.dtypes) == key]
         header, cells = step_cells(rows, found.copy_bandwidth)
         yield f"**{title(rows[0])}**"
         if cells:

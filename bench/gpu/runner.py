@@ -1,0 +1,125 @@
+"""Jobs one after the other, and what they have found; one that fails is a row, and the others still run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.machine import Machine
+from bench.timing import one_line
+
+#: In the order in which they are shown. The profiler counts launches, and once it was there the host may stay slower
+#: (pytorch issue 146604: 10 to 20 %), so that times of the host come before.
+SECTIONS = (
+    "compile", "correctness", "races", "waiting", "host", "steps", "launches", "features", "compiled", "sweep",
+)  # fmt: skip
+
+#: Longer than any job of checks takes, and than one with torch.compile or all of a model's contenders.
+CHECKS_SECONDS, LONG_SECONDS = 75.0, 150.0
+
+
+class DeviceLost(BaseException):
+    """The device does nothing more in this process. No Exception: nothing but ending the process helps."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of a section; ``limit_s`` is the time after which whoever watches may take it for dead."""
+
+    section: str
+    label: str
+    run: Callable[[], Iterable[Any]]
+    limit_s: float = CHECKS_SECONDS
+
+
+@dataclass
+class Failure:
+    """A job that has no rows to show, or not all, and why."""
+
+    label: str
+    error: str
+
+
+def _of_sections(empty: Callable[[], Any]) -> dict[str, Any]:
+    return {section: empty() for section in SECTIONS}
+
+
+@dataclass
+class Results:
+    """Rows by section, what failed in each and what time did not suffice for; the copy bandwidth in bytes per second,
+    measured before each list of tensors; clocks and temperature when a process began and at the end."""
+
+    copy_samples: list[float] = field(default_factory=list)
+    conditions: list[dict[str, str]] = field(default_factory=list)
+    rows: dict[str, list[Any]] = field(default_factory=lambda: _of_sections(list))
+    failures: dict[str, list[Failure]] = field(default_factory=lambda: _of_sections(list))
+    left_out: dict[str, list[str]] = field(default_factory=lambda: _of_sections(list))
+    seconds: dict[str, float] = field(default_factory=lambda: _of_sections(float))
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """The best sample: no step is let off because the machine was slow for a moment."""
+        return max(self.copy_samples)
+
+
+class Deadline:
+    """When the run has to be at its end, by time.monotonic(), which all processes of a machine share."""
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        return cls(time.monotonic() + seconds)
+
+    def passed(self) -> bool:
+        return time.monotonic() > self.end
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    results: Results,
+    deadline: Deadline,
+    machine: Machine,
+    before: Callable[[Job], None] = lambda job: None,
+    after: Callable[[Job], None] = lambda job: None,
+) -> None:
+    """Run them one after the other; an error is a failure of its section, and what there is no time for is left out.
+
+    Raises DeviceLost, with the failure noted, where a job leaves a device that does nothing more.
+    """
+    for job in jobs:
+        before(job)
+        if deadline.passed():
+            results.left_out[job.section].append(job.label)
+            after(job)
+            continue
+        start = time.monotonic()
+        failures = results.failures[job.section]
+        try:
+            for row in job.run():
+                results.rows[job.section].append(row)
+        except DeviceLost as lost:
+            failures.append(Failure(job.label, str(lost)))
+            raise
+        except Exception as error:  # whatever it is, the next job may work
+            failures.append(Failure(job.label, one_line(error)))
+            _check_alive(machine, job, error)
+        finally:
+            results.seconds[job.section] += time.monotonic() - start
+        try:
+            machine.release()
+        except Exception as error:
+            failures.append(Failure(f"{job.label}, releasing memory", one_line(error)))
+            _check_alive(machine, job, error)
+        after(job)
+
+
+def _check_alive(machine: Machine, job: Job, error: Exception) -> None:
+    """After an error: one of an address leaves a CUDA context in which every further call fails."""
+    try:
+        machine.wait()
+    except Exception as refusal:
+        raise DeviceLost(f"after {job.section}, {job.label}: {one_line(refusal)}") from error

@@ -1,0 +1,122 @@
+"""The jobs in a process of their own, which a device that hangs or breaks takes with it, but not what was found so far.
+
+A process that waits for a kernel which never ends cannot be talked to, and after an illegal access every call to the
+device fails. So another process watches: it ends the one that works when a job is over its time, and starts a new one
+for the jobs that are left.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.gpu.runner import Deadline, Failure, Job, Results
+from bench.record import write_atomically
+
+#: For starting a process, up to its first job: torch, the device, the first copies.
+START_SECONDS = 90.0
+POLL_SECONDS = 0.1
+
+
+@dataclass
+class Progress:
+    """What has been found, how many jobs have begun, and which one is at work; ``status`` once all is done."""
+
+    results: Results = field(default_factory=Results)
+    begun: int = 0
+    running: tuple[str, str, float] | None = None  # section, label, seconds
+    status: int | None = None
+
+
+class Store:
+    """A file with the progress of a run; who is killed while writing leaves the one before."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> Progress:
+        if not self.path.exists():
+            return Progress()
+        progress: Progress = pickle.loads(self.path.read_bytes())
+        return progress
+
+    def save(self, progress: Progress) -> None:
+        write_atomically(self.path, pickle.dumps(progress))
+
+    def begin(self, progress: Progress, job: Job) -> None:
+        """A traceback comes shortly before the process is taken for dead."""
+        progress.begun += 1
+        progress.running = (job.section, job.label, job.limit_s)
+        self.save(progress)
+        if sys.__stderr__ is not None:  # the real one, which a traceback can be written to from anywhere
+            faulthandler.dump_traceback_later(0.9 * job.limit_s, file=sys.__stderr__)
+
+    def end(self, progress: Progress) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        progress.running = None
+        self.save(progress)
+
+
+def supervise(store: Store, deadline: Deadline, work: Callable[[Store, Deadline], int]) -> int:
+    """Call ``work`` in processes, one after the other, until it is done; returns the last one's status.
+
+    ``work``, which pickle must find by its name, goes on with what the store has, and leaves its status there at the
+    end. A job that outlasts its limit, or whose process ends, is a failure of its section. Where a process does not
+    even come to its first job, nothing more is tried.
+    """
+    while True:
+        before = store.load()
+        why = _watch(store, deadline, work)
+        progress = store.load()
+        if progress.status is not None:
+            return progress.status
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        if progress.running is not None:
+            section, label, _ = progress.running
+            progress.results.failures[section].append(Failure(label, why))
+            progress.running = None
+            store.save(progress)
+        if progress.begun == before.begun:
+            return 1
+
+
+def _watch(store: Store, deadline: Deadline, work: Callable[[Store, Deadline], int]) -> str:
+    """Start a process and see it to its end; says why it ended."""
+    process = multiprocessing.get_context("spawn").Process(target=_enter, args=(work, store, deadline))
+    process.start()
+    try:
+        limit_s, since = START_SECONDS, time.monotonic()
+        seen = _version(store)
+        while process.is_alive():
+            process.join(POLL_SECONDS)
+            if _version(store) != seen:
+                seen, since = _version(store), time.monotonic()
+                running = store.load().running
+                limit_s = START_SECONDS if running is None else running[2]
+            elif time.monotonic() - since > limit_s:
+                return f"the process was ended: no word from it for {limit_s:.0f} s"
+        return f"the process ended with status {process.exitcode}"
+    finally:
+        # With all that it has started, in case of an interrupt too; who is at the end already is not there any more.
+        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
+
+
+def _version(store: Store) -> int:
+    return store.path.stat().st_mtime_ns if store.path.exists() else 0
+
+
+def _enter(work: Callable[[Store, Deadline], int], store: Store, deadline: Deadline) -> None:
+    os.setsid()
+    sys.exit(work(store, deadline))

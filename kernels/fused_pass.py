@@ -205,6 +205,17 @@ def _stage_b_tile(
 
 
 @triton.jit
+def _as_flag(ratio):
+    """A trust ratio as an integer that is not 0: with the sign, which no ratio has, set."""
+    return ratio.to(tl.int32, bitcast=True) | -0x80000000
+
+
+@triton.jit
+def _from_flag(flag):
+    return (flag & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _look_and_draw(flag, counter):
     """A flag, acquired, and a ticket: two atomics of one instruction, as each would take half a microsecond."""
     lane = tl.arange(0, 2)
@@ -279,7 +290,7 @@ def ratios_of_norms(
     norms,  # float64 [rows, NORMS_WIDTH]: sums of squares over all ranks
     scalars,  # float32 [groups, SCALAR_WIDTH]
     ratios,  # float32 [n]: r, written
-    ready,  # int32 [n], set to 1
+    ready,  # int32 [n], set to r as a flag
     counter,  # int32 [1]: of stage B's list, DROPPED where the step is dropped and r stays as it was
     count,  # n
     BLOCK: tl.constexpr,
@@ -298,7 +309,7 @@ def ratios_of_norms(
         tl.load(group + SCALAR_CLIP_HIGH, mask=mask, other=0.0),
     )
     tl.store(ratios + at, ratio, mask=mask)
-    tl.store(ready + at, tl.zeros([BLOCK], dtype=tl.int32) + 1, mask=mask)
+    tl.store(ready + at, _as_flag(ratio), mask=mask)
 
 
 @triton.jit(do_not_specialize=["item_count"])
@@ -311,9 +322,9 @@ def fused_pass(
     items,  # int64 [item_count], packed
     partials,  # float32 [all chunks, 2]
     norms,  # float64 [rows, NORMS_WIDTH]: with SHARDED, where sums of squares go
-    ratios,  # float32 [n]: r
+    ratios,  # float32 [n]: r, for whoever looks at it after the step
     arrivals,  # int32 [n], 0
-    ready,  # int32 [n], 0
+    ready,  # int32 [n], 0; r as a flag once it is known
     counter,  # int32 [1], 0; DROPPED where the step is dropped, so that no item is drawn
     seed,  # int32 [1]: this step's, for stochastic rounding
     item_count,
@@ -394,32 +405,36 @@ def fused_pass(
             sums = partials + 2 * tl.load(row + FIRST_CHUNK)
             tl.store(sums + 2 * chunk, p_square)
             tl.store(sums + 2 * chunk + 1, u_square)
-            # The next item comes while the stores above are on their way, which the announcement has to wait for.
+            # The next item comes while the stores above are on their way, which the announcement has to wait for; and
+            # what the last to arrive needs, whose every access to memory delays all that wait for the ratio.
             next_ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
             next_item = tl.load(items + next_ticket, mask=next_ticket < item_count, other=0)
+            chunks = tl.load(row + CHUNKS)
+            if SHARDED:
+                norm = norms + tl.load(row + NORMS_ROW) * NORMS_WIDTH
+            else:
+                gamma = tl.load(scalar_row + SCALAR_TRUST_COEFFICIENT)
+                low, high = tl.load(scalar_row + SCALAR_CLIP_LOW), tl.load(scalar_row + SCALAR_CLIP_HIGH)
             # All threads of the program have written before one of them announces it.
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel", scope="gpu")
-            chunks = tl.load(row + CHUNKS)
             if arrived == chunks - 1:
                 p_sum, u_sum = _sums_of_squares(sums, chunks)
                 if SHARDED:
                     # In 24 bits, so that sums over ranks are exact, in whatever order they are made.
-                    norm = norms + tl.load(row + NORMS_ROW) * NORMS_WIDTH
                     tl.store(norm, p_sum.to(tl.float32).to(tl.float64))
                     tl.store(norm + 1, u_sum.to(tl.float32).to(tl.float64))
                 else:
-                    gamma = tl.load(scalar_row + SCALAR_TRUST_COEFFICIENT)
-                    low, high = tl.load(scalar_row + SCALAR_CLIP_LOW), tl.load(scalar_row + SCALAR_CLIP_HIGH)
-                    tl.store(ratios + tensor, _trust_ratio(p_sum, u_sum, gamma, low, high))
-                    tl.debug_barrier()
-                    tl.atomic_xchg(ready + tensor, 1, sem="release", scope="gpu")
+                    ratio = _trust_ratio(p_sum, u_sum, gamma, low, high)
+                    # It comes with the flag: to store it first and announce it then would take twice as long.
+                    tl.atomic_xchg(ready + tensor, _as_flag(ratio), sem="release", scope="gpu")
+                    tl.store(ratios + tensor, ratio)
         else:
-            is_ready, next_ticket = _look_and_draw(ready + tensor, counter)
+            flag, next_ticket = _look_and_draw(ready + tensor, counter)
             next_item = tl.load(items + next_ticket, mask=next_ticket < item_count, other=0)
-            while is_ready == 0:
-                is_ready = tl.atomic_add(ready + tensor, 0, sem="acquire", scope="gpu")
-            ratio = tl.load(ratios + tensor)
+            while flag == 0:
+                flag = tl.atomic_add(ready + tensor, 0, sem="acquire", scope="gpu")
+            ratio = _from_flag(flag)
             for tile in range(start, full, TILE):
                 at = tile + tl.arange(0, TILE).to(tl.int64)
                 _stage_b_tile(

@@ -58,18 +58,20 @@ def shift_right(a: Array, n: Array) -> Array:
 
 
 def bit_field(a: Array, start: Array, length: Array) -> Array:
-    field: Array = shift_right(a, start) & (shift_left(np.ones_like(a), length) - a.dtype.type(1))
-    return field
+    """Of a signed number the upper bit of the field is the sign of the result."""
+    bits, start, length = a.dtype.itemsize * 8, start & 255, length & 255
+    above = bits - np.minimum(start + length, bits)
+    return np.where(length > 0, shift_right(shift_left(a, above), above + start), a.dtype.type(0))
 
 
 def permute_bytes(a: Array, b: Array, select: Array) -> Array:
-    chosen, both = int(select[0]), a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    nibbles = [chosen >> 4 * i & 15 for i in range(4)]
-    if max(nibbles) > 7:
-        raise NotImplementedError("prmt that copies signs")
-    # The first operand holds bytes 0 to 3.
-    taken = [(both >> np.uint64(8 * nibble) & np.uint64(255)) << np.uint64(8 * i) for i, nibble in enumerate(nibbles)]
-    return sum(taken[1:], taken[0]).astype(np.uint32)
+    """The first operand holds bytes 0 to 3, the second 4 to 7; 8 more copies the byte's sign."""
+    both, result = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.zeros_like(a)
+    for at in range(0, 16, 4):
+        which = select >> at & 15
+        byte = (both >> (8 * (which & 7)).astype(np.uint64)).astype(np.uint32) & 255
+        result |= np.where(which < 8, byte, (byte >> 7) * 255) << 2 * at
+    return result
 
 
 def bfloat16(x: Array) -> Array:

@@ -1,8 +1,9 @@
 """Runs PTX on the memory of this process: programs of threads, each a coroutine that stops before global accesses.
 
 The threads of a program go in step, as vectors: the kernels branch for whole programs only, and where one does not,
-the machine stops. So every order in which programs take turns is tried that one asks for, and one order of the
-threads in each; that no other order of threads or weaker memory could tell is for the detector of races to say.
+the machine stops. So programs take turns in any order that a seed draws, between the atomics of one instruction's
+threads too, which come in any order. All else has one order of the threads in each program; that no other order of
+threads or weaker memory could tell is for the detector of races to say.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ WARP = 32
 LOCAL = 64  # bytes of local memory of each thread
 LEFT_OUT = 0xDEADBEEFDEADBEEF  # in registers of threads that an instruction left out
 ACQUIRES, RELEASES = ("acquire", "acq_rel"), ("release", "acq_rel")
-ACCESS_PARTS = {"ld", "st", "atom", "global", "shared", "local", "gpu", "nc", "v2", "v4", "add", "exch", "relaxed"}
-ACCESS_PARTS |= {"L1::evict_first", "L2::cache_hint", *ACQUIRES, *RELEASES}
+ORDERS = {"relaxed", *ACQUIRES, *RELEASES}  # what makes an access atomic
+ACCESS_PARTS = {"ld", "st", "atom", "global", "shared", "local", "gpu", "nc", "v2", "v4", "add", "exch"}
+ACCESS_PARTS |= {"L1::evict_first", "L2::cache_hint", *ORDERS}
 SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
 
 
@@ -39,7 +41,7 @@ class Step:
     instruction: Instruction
     guard: tuple[int, bool] | None
     run: Action
-    control: str = ""  # "access" to global memory, "together" for all threads only, "bra", "ret"
+    control: str = ""  # "access" to global memory, or "atomic"; "together" for all threads only, "bra", "ret"
     target: int = 0
 
 
@@ -72,7 +74,8 @@ class Code:
             elif name in ("bar", "shfl", "redux"):
                 step.control, step.run = "together", self._exchange(instruction)
             elif name in ("ld", "st", "atom"):
-                step.control, step.run = "access" * ("global" in instruction.parts), self._access(at, instruction)
+                control = "access" if ORDERS.isdisjoint(instruction.parts) else "atomic"
+                step.control, step.run = control * ("global" in instruction.parts), self._access(at, instruction)
             elif name == "mov":
                 step.run = self._move(instruction)
             elif name == "createpolicy":
@@ -186,7 +189,7 @@ class Code:
         if "param" in parts:
             return self._argument(instruction, kind)
         space = next((space for space in ("global", "shared", "local") if space in parts), None)
-        order = {"relaxed", *ACQUIRES, *RELEASES} & set(parts)
+        order = ORDERS & set(parts)
         if space is None or not ACCESS_PARTS.issuperset(parts[:-1]) or (order and "gpu" not in parts):
             raise NotImplementedError(instruction.text)
         address = self._address(operands[0] if parts[0] == "st" else operands[1])
@@ -252,26 +255,37 @@ class Program:
                 self.registers[self.code.registers[name]] = np.zeros(threads, np.uint32) + np.uint32(values)
         self.own = {"shared": Memory.own(self.code.shared), "local": Memory.own(LOCAL * threads)}
 
-    def run(self) -> Iterator[None]:
-        """Stops before whatever other programs can see."""
+    def run(self, draw: random.Random) -> Iterator[None]:
+        """Stops before whatever other programs can see; ``draw`` orders the threads of an atomic instruction."""
         steps, executed, pc = self.code.steps, self.launch.executed, 0
         while True:
             step, mask = steps[pc], None
             executed[pc] += 1
-            if step.control == "access":
+            if step.control in ("access", "atomic"):
                 yield
             if step.guard is not None:
                 register, wanted = step.guard
                 mask = self.registers[register] == wanted
             try:
-                if step.control in ("bra", "together", "ret") and mask is not None and mask.min() != mask.max():
-                    raise Wrong("not for all threads")
+                if step.control in ("bra", "together", "ret") and mask is not None:
+                    if mask.min() != mask.max():
+                        raise Wrong("not for all threads")
+                    if not mask[0]:
+                        pc += 1
+                        continue
                 if step.control == "ret":
                     return
-                if step.control == "bra" and (mask is None or mask[0]):
+                if step.control == "bra":
                     pc = step.target
                     continue
-                step.run(self, None if step.control == "together" else mask)
+                if step.control == "atomic":
+                    lanes = (self.lanes if mask is None else np.flatnonzero(mask)).tolist()
+                    for turn, lane in enumerate(draw.sample(lanes, len(lanes))):
+                        if turn > 0:
+                            yield  # other programs come between a warp's atomics
+                        step.run(self, self.lanes == lane)
+                else:
+                    step.run(self, mask)
                 pc += 1
             except Exception as error:
                 where = f"{self.code.kernel.name}, program {self.index}, line {step.instruction}"
@@ -356,7 +370,7 @@ class Launch:
         Raises Wrong where ``limit`` global accesses are no end.
         """
         draw, accesses = random.Random(seed), 0
-        waiting = [Program(self, index).run() for index in range(self.programs)]
+        waiting = [Program(self, index).run(draw) for index in range(self.programs)]
         draw.shuffle(waiting)
         running = [waiting.pop() for _ in range(min(resident or self.programs, self.programs))]
         longest = draw.choice([1, 3, 10, 100])  # accesses of a program before another has its turn

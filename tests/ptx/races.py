@@ -136,7 +136,8 @@ class Clocks:
             mine = thread == one
             if mine.any():
                 unordered[mine] = self._unknown(row, before[mine], clock[mine], first, reader)
-        unordered &= before + first != program * self.threads + thread
+        # Whoever reads or writes twice is ordered with itself; MANY is no thread's number.
+        unordered &= (before == MANY) | (before + first != program * self.threads + thread)
         if unordered.any():
             i = int(unordered.argmax())
             who = divmod(int(before[i]) + first, self.threads) if before[i] >= 0 else (reader, "several threads")

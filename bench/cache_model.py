@@ -1,13 +1,15 @@
 """What the fused pass moves to and from memory and how long it takes, PREDICTED: its work list replayed.
 
 Time: programs draw items in ticket order, each one ahead. Memory serves them in the order in which they begin, at its
-bandwidth; an item takes that long and no less than its latencies, which are ASSUMED: ITEM_SECONDS and TILE_SECONDS.
-Stage B waits for its tensor's last stage A item, and begins then.
+bandwidth. An item of stage A takes that long and no less than its latencies, one of stage B, whose loads find what they
+look for in the cache and whose stores nobody waits for, its latencies alone; these are ASSUMED: ITEM_SECONDS and
+TILE_SECONDS. The last item of a tensor's stage A makes the trust ratio besides, in RATIO_SECONDS, also assumed; stage B
+waits for it, and begins then.
 
 Bytes: the cache is fully associative, replaces what was used least recently, and holds all of a chunk's tensors or
-none: p, g, h and m of 8192 float32 elements are 128 KiB of some 50 MB. It is empty when the step begins, as a backward
-pass leaves it. What is written is written back once: no tensor is written twice in a step. What stage B finds no more
-is added to the time as if memory were busy anyway.
+none: p, g, h and m of 8192 float32 elements are 128 KiB of some 50 MB. An item uses its chunk when half of its time is
+over. The cache is empty when the step begins, as a backward pass leaves it. What is written is written back once: no
+tensor is written twice in a step. What stage B finds no more is added to the time as if memory were busy anyway.
 
 Not in the model: that tails, and tensors of odd addresses or strides, are not marked; sets and hashes of addresses,
 halves of an L2 that may hold a line twice, sectors, the work list and the partial sums (4 bytes per 1000
@@ -42,8 +44,13 @@ ITEM_SECONDS = (1.3e-6, 0.7e-6)
 #: next one before it stores.
 TILE_SECONDS = (0.8e-6, 0.2e-6)
 
-#: What happens to an item: it is taken up, its trust ratio is there, it is done.
-BEGINS, GOES_ON, ENDS = range(3)
+#: Of a trust ratio, and besides for every 1024 chunks: fetching what the chunks have left, two sums over all threads,
+#: two roots and a division, and a flag behind a fence.
+RATIO_SECONDS = (1.5e-6, 0.4e-6)
+
+#: What happens to an item: it is taken up, its tensor's trust ratio is there for it, it is done, and, of a tensor's
+#: last item of stage A, so is the ratio.
+BEGINS, GOES_ON, ENDS, HAS_RATIO = range(4)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def window_chunks(share: float, l2_bytes: int, dtypes: Dtypes, chunk: int = CHUN
 def predict(plan: PassPlan, *cache_bytes: int) -> list[Traffic]:
     """Replay a plan's work list through caches of these sizes."""
     items = _items(plan)
-    order, waiting, length = _in_order_of_starts(plan, items)
+    order, waiting, length = _in_order_of_use(plan, items)
     least, uncached = bounds(plan)
     parameters = sum(plan.sizes)
     found = []
@@ -176,18 +183,21 @@ def _durations(plan: PassPlan, items: _Items) -> tuple[list[int], list[float]]:
     return moved.tolist(), (plan.bandwidth * seconds).tolist()
 
 
-def _in_order_of_starts(plan: PassPlan, items: _Items) -> tuple[Sequence[int], float, float]:
-    """Tickets in the order in which programs begin their work, the share of time spent waiting, and the whole time.
+def _in_order_of_use(plan: PassPlan, items: _Items) -> tuple[Sequence[int], float, float]:
+    """Tickets in the order in which they use the cache, the share of time spent waiting, and the whole time.
 
     Time is counted in bytes that memory could move.
     """
     moved, at_least = _durations(plan, items)
     count, drawn = len(items.tensor), min(plan.programs, len(items.tensor))
-    chunks_left = list(items.chunks)
+    chunks_left, ratio_left = list(items.chunks), [True] * len(items.chunks)
+    ratio_times = [
+        plan.bandwidth * (RATIO_SECONDS[0] + RATIO_SECONDS[1] * plan.merged * chunks / 1024) for chunks in items.chunks
+    ]
     following = [count] * plan.programs  # tickets drawn ahead
     waiting: dict[int, list[tuple[float, int, int]]] = {}
     events = [(0.0, program, program, BEGINS) for program in range(drawn)]
-    order: list[int] = []
+    uses: list[tuple[float, int]] = []
     waited = worked = memory = time = 0.0
     while events:
         time, program, ticket, event = heappop(events)
@@ -196,24 +206,29 @@ def _in_order_of_starts(plan: PassPlan, items: _Items) -> tuple[Sequence[int], f
         if event == (BEGINS if stage else ENDS):
             following[program] = drawn
             drawn += 1
-        if event == ENDS:
-            if not stage:
-                chunks_left[tensor] -= 1
-                if not chunks_left[tensor]:
-                    for since, other, held in waiting.pop(tensor, ()):
-                        waited += time - since
-                        heappush(events, (time, other, held, GOES_ON))
+        if event == ENDS and not stage:
+            chunks_left[tensor] -= 1
+            if not chunks_left[tensor]:
+                worked += ratio_times[tensor]
+                heappush(events, (time + ratio_times[tensor], program, ticket, HAS_RATIO))
+                continue
+        if event == HAS_RATIO:
+            ratio_left[tensor] = False
+            for since, other, held in waiting.pop(tensor, ()):
+                waited += time - since
+                heappush(events, (time, other, held, GOES_ON))
+        if event in (ENDS, HAS_RATIO):
             if following[program] < count:
                 heappush(events, (time, program, following[program], BEGINS))
-        elif stage and chunks_left[tensor]:
+        elif stage and ratio_left[tensor]:
             waiting.setdefault(tensor, []).append((time, program, ticket))
         else:
-            order.append(ticket)
             memory = max(memory, time) + moved[ticket]
-            end = max(memory, time + at_least[ticket])
+            end = time + at_least[ticket] if stage else max(memory, time + at_least[ticket])
+            uses.append(((time + end) / 2, ticket))
             worked += end - time
             heappush(events, (end, program, ticket, ENDS))
-    return order, waited / max(1.0, waited + worked), time
+    return [ticket for _, ticket in sorted(uses)], waited / max(1.0, waited + worked), max(time, memory)
 
 
 def _missed_elements(plan: PassPlan, items: _Items, order: Sequence[int], cache_bytes: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import fused_dals
 from bench import extras, record
 from bench.byte_table import STEP_DTYPES
-from bench.cache_model import ITEM_SECONDS, TILE_SECONDS, PassPlan, bounds, predict, window_chunks
+from bench.cache_model import ITEM_SECONDS, RATIO_SECONDS, TILE_SECONDS, PassPlan, bounds, predict, window_chunks
 from bench.shapes import MODELS, SHAPES
 from bench.table import format_table
 from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
@@ -32,6 +32,10 @@ class Gpu:
     l2_mib: int
     multiprocessors: int
     terabytes_per_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return 1e12 * self.terabytes_per_s
 
 
 GPUS = {
@@ -56,10 +60,24 @@ WINDOW_MODES = ("A writes h and m", "A writes h and m, no marks")
 WINDOW_SHARES = (0.0, 0.125, 0.25, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.75, 1.0, math.inf)
 #: Tried with the window in use, as the windows are with the chunk in use; tiles as they are.
 CHUNKS = (4096, 8192, 16384)
+#: Tried on the GPU of the targets, with marks, one thing at a time.
+TRIES_ON = "H200"
+TRIES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "tiles of 4096": {"tile": 4096},
+    "tiles and chunks of 4096": {"tile": 4096, "chunk": 4096},
+    "1 program per SM": {"programs_per_sm": 1},
+    "3 programs per SM": {"programs_per_sm": 3},
+    "4 programs per SM": {"programs_per_sm": 4},
+    "no window": {"window_share": 0.0},
+    "all A before all B": {"window_share": math.inf},
+    "marks are ignored": {"evict_first": False},
+    "A reads only, marks are ignored": {"stage_a_writes": False, "evict_first": False},
+}
 #: The model is no more exact: replays in coarse chunks are within 1 % of exact ones.
 EQUALLY_SLOW = 1.01
 #: A replay of so many chunks is within 1 % of one of all; tests/test_traffic.py holds it to that.
-MOST_CHUNKS = 50_000
+MOST_CHUNKS = 30_000
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,16 @@ class Cell:
     def excess(self) -> float:
         """Bytes over the least."""
         return self.predicted / self.least
+
+
+@dataclass(frozen=True)
+class Try:
+    """A plan that differs in one thing from the one in use: means over all lists and dtypes, with 90 % of the cache."""
+
+    name: str
+    excess: float
+    waiting: float
+    slowness: float
 
 
 @dataclass(frozen=True)
@@ -128,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lists = [(model, dtypes) for model in args.shapes for dtypes in args.dtypes]
     plans = [(CHUNK, share) for share in WINDOW_SHARES]
     plans += [(chunk, WINDOW_SHARE_OF_L2) for chunk in CHUNKS if chunk != CHUNK]
-    total = len(lists) * (len(MODES) + len(args.gpus) * len(WINDOW_MODES) * len(plans))
+    total = len(lists) * (len(MODES) + len(TRIES) + len(args.gpus) * len(WINDOW_MODES) * len(plans))
     with tqdm(total=total, unit="replay") as bar:
 
         def of(gpu: str, modes: Sequence[str], plans: Sequence[tuple[int, float]]) -> list[Cell]:
@@ -136,15 +164,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return list(cells_of(gpu, lists, modes, plans, most_chunks, bar.update))
 
         modes = of(args.gpu, list(MODES), [(CHUNK, WINDOW_SHARE_OF_L2)])
+        bar.set_description("tries")
+        tries = [tried(name, lists, most_chunks, bar.update) for name in TRIES]
         scores = scores_of([cell for gpu in args.gpus for cell in of(gpu, WINDOW_MODES, plans)])
     print(f"PREDICTED bytes per parameter, {describe(args.gpu)}\n")
     print(mode_tables(modes))
+    print(f"\nPREDICTED for other plans on {TRIES_ON}, means over these lists and dtypes\n")
+    print(try_table(tries))
     print("\nPREDICTED effect of chunk and window, means over these lists and dtypes\n")
     print(score_table(scores))
     print(f"\nto be taken: a window of {best_share(scores):g} of the L2 cache; in use: {WINDOW_SHARE_OF_L2:g}")
     print(f"and chunks of {best_chunk(scores)} elements; in use: {CHUNK}")
     if args.json is not None:
-        save(args.json, args.gpu, modes, scores)
+        save(args.json, args.gpu, modes, tries, scores)
         print(f"\npredictions: {args.json}")
     return 0
 
@@ -169,7 +201,7 @@ def cells_of(
 ) -> Iterator[Cell]:
     """Predictions for every list of tensors with its dtypes, usable share, mode and plan, a chunk and a window."""
     l2_bytes, programs = GPUS[gpu].l2_mib * MIB, PROGRAMS_PER_SM * GPUS[gpu].multiprocessors
-    bandwidth = GPUS[gpu].terabytes_per_s * 1e12
+    bandwidth = GPUS[gpu].bytes_per_s
     for model, name in lists:
         sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
         for mode in modes:
@@ -184,6 +216,24 @@ def cells_of(
                     figures = found.per_parameter, found.waiting, found.slowness, least, uncached
                     yield Cell(gpu, usable, model, name, mode, chunk, share, *figures)
                 on_replay()
+
+
+def tried(name: str, lists: Sequence[tuple[str, str]], most_chunks: int, on_replay: Callable[[], object]) -> Try:
+    """One of the tries."""
+    changes = {"chunk": CHUNK, "window_share": WINDOW_SHARE_OF_L2, "programs_per_sm": PROGRAMS_PER_SM, **TRIES[name]}
+    gpu, chunk = GPUS[TRIES_ON], changes.pop("chunk")
+    share, programs = changes.pop("window_share"), changes.pop("programs_per_sm") * gpu.multiprocessors
+    found = []
+    for model, dtypes in lists:
+        sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
+        window = window_chunks(share, gpu.l2_mib * MIB, STEP_DTYPES[dtypes], chunk)
+        plan = PassPlan(
+            sizes, STEP_DTYPES[dtypes], window, chunk, programs=programs, bandwidth=gpu.bytes_per_s, **changes
+        ).coarser(most_chunks)
+        (traffic,) = predict(plan, int(USABLE[0] * gpu.l2_mib * MIB))
+        found.append((traffic.per_parameter / bounds(plan)[0], traffic.waiting, traffic.slowness))
+        on_replay()
+    return Try(name, *map(fmean, zip(*found, strict=True)))
 
 
 def scores_of(cells: Sequence[Cell]) -> list[Score]:
@@ -216,15 +266,19 @@ def best_chunk(scores: Sequence[Score]) -> int:
 
 
 def _best(members: dict[Choice, list[Score]]) -> Choice:
-    """Of what is about the least slow, in the mean over all GPUs and usable shares, the one that risks least.
+    """Of what is about the least slow, in the mean over all GPUs, what is fastest on the GPU of the targets.
 
-    What counts alike: every GPU, both usable shares, marks heeded and ignored. How much of the cache serves is not
-    known, nor what marks do, and too large a window or chunk is what one pays for if it is little.
+    What counts alike in a mean: both usable shares, marks heeded and ignored. How much of the cache serves is not
+    known, nor what marks do, and too large a window or chunk is what one pays for if it is little. Where that GPU is
+    left out, what risks least.
     """
     slowness = {choice: fmean(s.slowness for s in some) for choice, some in members.items() if some}
     risk = {choice: max(s.worst_loss for s in some) for choice, some in members.items() if some}
+    there = {
+        choice: fmean([s.slowness for s in some if s.gpu == TRIES_ON] or [0.0]) for choice, some in members.items()
+    }
     equal = [choice for choice in slowness if slowness[choice] <= EQUALLY_SLOW * min(slowness.values())]
-    return min(equal, key=lambda choice: (risk[choice], slowness[choice]))
+    return min(equal, key=lambda choice: (there[choice], risk[choice], slowness[choice]))
 
 
 def mode_tables(cells: Sequence[Cell]) -> str:
@@ -242,6 +296,12 @@ def mode_tables(cells: Sequence[Cell]) -> str:
         title = f"{dtypes}, least {members[0].least:.0f}"
         blocks.append(format_table([title, *models, "no cache"], rows))
     return "\n\n".join(blocks)
+
+
+def try_table(tries: Sequence[Try]) -> str:
+    """Plans and what they come to."""
+    rows = [[some.name, f"{some.excess:.3f}", f"{100 * some.waiting:.1f} %", f"{some.slowness:.3f}"] for some in tries]
+    return format_table(["plan", "bytes / least", "waiting", "slowness"], rows)
 
 
 def score_table(scores: Sequence[Score]) -> str:
@@ -264,7 +324,7 @@ def score_table(scores: Sequence[Score]) -> str:
     return format_table(header, rows)
 
 
-def save(path: Path, gpu: str, modes: Sequence[Cell], scores: Sequence[Score]) -> None:
+def save(path: Path, gpu: str, modes: Sequence[Cell], tries: Sequence[Try], scores: Sequence[Score]) -> None:
     """Everything as JSON; an infinite window is null."""
 
     def plain(row: Cell | Score) -> dict[str, Any]:
@@ -280,8 +340,9 @@ def save(path: Path, gpu: str, modes: Sequence[Cell], scores: Sequence[Score]) -
         "best_window_share": best_share(scores),
         "chunk_in_use": CHUNK,
         "best_chunk": best_chunk(scores),
-        "latencies_assumed_s": {"item": ITEM_SECONDS, "tile": TILE_SECONDS},
+        "latencies_assumed_s": {"item": ITEM_SECONDS, "tile": TILE_SECONDS, "ratio": RATIO_SECONDS},
         "modes": [plain(cell) for cell in modes],
+        "tries": [asdict(some) for some in tries],
         "plans": [plain(score) for score in scores],
     }
     record.save(path, predicted)

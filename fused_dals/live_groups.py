@@ -133,7 +133,7 @@ class LiveGroups:
         found = (_read_plain_lrs if walk is None else walk.read_plain_lrs)(groups, self._numbers)
         if found != NOT_PLAIN:
             self.lrs += found == NEW_NUMBERS or not self._are_plain
-            self._are_plain, self._lrs_are_sound, self._on_host = True, True, {}
+            self._are_plain, self._lrs_are_sound, self._on_host, self._lrs = True, True, {}, []
             return
         lrs = [group["lr"] for group in groups]
         if self._are_plain:

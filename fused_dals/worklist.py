@@ -57,7 +57,7 @@ def packed_chunks(chunks: Sequence[int]) -> Tensor:
 
 
 def packed_work_list(chunks: Sequence[int], window: int) -> Tensor:
-    """The same as an int64 tensor on the CPU, as the kernel reads it; 7 billion parameters make 3 million items."""
+    """The same as an int64 tensor on the CPU, as the kernel reads it; 7 billion parameters make 1.6 million items."""
     runs = []
     for tensor, stage in stage_order(chunks, window):
         order = torch.arange(chunks[tensor], dtype=torch.int64, device="cpu")

@@ -16,7 +16,7 @@ from bench.shapes import MODELS, SHAPES
 from bench.step_table import notes, step_cells, title
 from bench.table import results_table
 from bench.timing import StepRow, ratios
-from bench.traffic import MOST_CHUNKS, USABLE
+from bench.traffic import MOST_CHUNKS, TRIES_ON, USABLE
 
 NO_GPU = "There is no GPU figure yet."
 
@@ -215,4 +215,13 @@ def traffic_block(results: Results) -> str:
     assumptions = f"{results.traffic['assumptions']}; [all predictions](../bench/results/traffic.json):"
     blocks = [intro + assumptions, markdown_table(["", "no cache", *models], moved)]
     blocks += ["PREDICTED time over that of the least bytes at full bandwidth:", markdown_table(["", *models], times)]
+    tries = [
+        [some["name"], *(f"{some[figure]:.2f}" for figure in ("excess", "slowness"))]
+        for some in results.traffic["tries"]
+    ]
+    blocks.append(
+        f"PREDICTED for plans that differ in one thing, on {TRIES_ON}, as multiples of the least, means over these "
+        "models and three sets of dtypes:"
+    )
+    blocks.append(markdown_table(["", "bytes", "time"], tries))
     return "\n\n".join(blocks)

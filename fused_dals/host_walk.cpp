@@ -6,7 +6,8 @@
 // does not know (subclasses of tensors, sparse gradients, groups that are no dicts) it leaves to it: no match.
 //
 // host_walk.py compiles this file for the torch and Python at hand. Everything runs under Python's lock, keeps no
-// reference and calls no Python code. Thousands of tensors are shared with other threads, see Helpers.
+// reference (who records keeps the tensors alive) and calls no Python code. Thousands of tensors are shared with other
+// threads, see host_helpers.h.
 
 #include <Python.h>
 #include <c10/core/impl/COWDeleter.h>
@@ -17,6 +18,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "host_helpers.h"
@@ -34,6 +36,8 @@ struct Recorder {
 struct Matcher {
   const int64_t* next;
   const int64_t* end;
+  Matcher(const int64_t* begin, const int64_t* end) : next(begin), end(end) {}
+  explicit Matcher(const std::vector<int64_t>& all) : Matcher(all.data(), all.data() + all.size()) {}
   bool see(int64_t number) { return next != end && *next++ == number; }
   bool done() const { return next == end; }
 };
@@ -138,11 +142,23 @@ bool collect_params(Sink& sink, PyObject* groups, std::vector<PyObject*>& params
   return true;
 }
 
+// A number that no other state of any dict has: by it a group is compared in 5 ns instead of 100, and a parameter's
+// state without a look at its keys. 0 from Python 3.13 on, where some writes leave it as it was.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+int64_t version_of([[maybe_unused]] PyObject* dict) {
+#if PY_VERSION_HEX < 0x030D0000
+  return static_cast<int64_t>(reinterpret_cast<PyDictObject*>(dict)->ma_version_tag);
+#else
+  return 0;
+#endif
+}
+#pragma GCC diagnostic pop
+
 template <class Sink>
-bool collect_state(Sink& sink, PyObject* state, std::vector<PyObject*>& tensors) {
+bool collect_state(Sink& sink, PyObject* state, std::vector<PyObject*>& entries, std::vector<PyObject*>& tensors) {
   PyObject *param, *entry, *name, *value;
   Py_ssize_t at = 0;
-  std::vector<PyObject*> entries;
   if (!PyDict_Check(state)) return false;
   while (PyDict_Next(state, &at, &param, &entry)) entries.push_back(entry);
   const auto collect = [&](PyObject* entry) {
@@ -184,16 +200,6 @@ Memory<Number> memory_of(PyObject* object, const char* name) {
 // Where the gradients' addresses go, in the order of the groups: they may differ from step to step.
 using Addresses = Memory<int64_t>;
 
-// All tensors of a walk: parameters, of which each may have a gradient, and then state.
-struct Tensors {
-  std::vector<PyObject*> params, state;
-};
-
-template <class Sink>
-bool collect(Sink& sink, PyObject* groups, PyObject* state, Tensors& tensors) {
-  return collect_params(sink, groups, tensors.params) && collect_state(sink, state, tensors.state);
-}
-
 void touch_object(PyObject* object) { touch(object); }
 void touch_tensor_of(PyObject* object) { touch_tensor(tensor_of(object)); }
 void touch_memory_of(PyObject* object) { touch_memory(tensor_of(object)); }
@@ -229,55 +235,88 @@ bool see_state(Sink& sink, PyObject* const* begin, PyObject* const* end) {
   return for_each_ahead(begin, end, see, touch_object, touch_tensor_of, touch_memory_of);
 }
 
-// Tensors that one thread looks at in a row; of objects, the lists of parameters and of state are cut alike.
+// Objects that one thread looks at in a row.
 constexpr size_t PART = 512;
 
 size_t parts_of(const std::vector<PyObject*>& objects) { return (objects.size() + PART - 1) / PART; }
 
-// What a walk saw: first the objects, and then part by part what they are like.
-struct Recording {
-  static constexpr const char* NAME = "fused_dals.recording";
-  std::vector<int64_t> objects, numbers;
-  std::vector<size_t> starts;       // in numbers, of every part, and where the last one ends
-  std::vector<int64_t> first_grads;  // of every part of the parameters, and where the last one ends
+// The objects of one part.
+std::pair<PyObject* const*, PyObject* const*> range_of(const std::vector<PyObject*>& objects, size_t part) {
+  return {objects.data() + part * PART, objects.data() + std::min((part + 1) * PART, objects.size())};
+}
+
+// The tensors of all parameters' state, and the versions of the dicts in which they were found: while those are the
+// same, so are the tensors.
+struct State {
+  int64_t version = 0;
+  std::vector<PyObject*> entries, tensors;
+  std::vector<int64_t> versions;
+
+  template <class Sink>
+  bool collect(Sink& sink, PyObject* state) {
+    entries.clear(), tensors.clear(), versions.clear();
+    version = 0;
+    if (!collect_state(sink, state, entries, tensors)) return false;
+    version = version_of(state);
+    for (PyObject* entry : entries) versions.push_back(version_of(entry));
+    return true;
+  }
+
+  bool is_untouched(PyObject* state) const {
+    if (version == 0 || !PyDict_Check(state) || version_of(state) != version) return false;
+    return Helpers::all(parts_of(entries), [&](size_t part) {
+      const int64_t* known = versions.data() + part * PART;
+      const auto is_same = [&](PyObject* entry) { return version_of(entry) == *known++; };
+      const auto [begin, end] = range_of(entries, part);
+      return for_each_ahead(begin, end, is_same, touch_object);
+    });
+  }
 };
 
-// One part of a walk, parameters first.
+// What a walk saw: the objects, and part by part what they are like, parameters first.
+struct Recording {
+  static constexpr const char* NAME = "fused_dals.recording";
+  std::vector<int64_t> params, state_tensors, numbers;
+  std::vector<size_t> starts;        // in numbers, of every part, and where the last one ends
+  std::vector<int64_t> first_grads;  // of every part, and where the last one ends
+  State state;
+};
+
 template <class Sink>
-bool see_part(Sink& sink, const Tensors& tensors, size_t part, const Addresses& addresses, int64_t& at) {
-  const size_t before = parts_of(tensors.params);
-  const bool of_params = part < before;
-  const std::vector<PyObject*>& objects = of_params ? tensors.params : tensors.state;
-  const size_t begin = (of_params ? part : part - before) * PART;
-  PyObject* const* first = objects.data() + begin;
-  PyObject* const* last = objects.data() + std::min(begin + PART, objects.size());
-  return of_params ? see_params(sink, first, last, addresses, at) : see_state(sink, first, last);
+bool see_part(Sink& sink, const std::vector<PyObject*>& params, const State& state, size_t part,
+              const Addresses& addresses, int64_t& at) {
+  const bool of_params = part < parts_of(params);
+  const auto [begin, end] = of_params ? range_of(params, part) : range_of(state.tensors, part - parts_of(params));
+  return of_params ? see_params(sink, begin, end, addresses, at) : see_state(sink, begin, end);
 }
 
 bool record_walk(Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses) {
-  Recorder objects{recording.objects}, numbers{recording.numbers};
-  Tensors tensors;
-  if (!collect(objects, groups, state, tensors)) return false;
+  Recorder of_params{recording.params}, of_state{recording.state_tensors}, numbers{recording.numbers};
+  std::vector<PyObject*> params;
+  if (!collect_params(of_params, groups, params) || !recording.state.collect(of_state, state)) return false;
   int64_t at = 0;
-  const size_t parts = parts_of(tensors.params) + parts_of(tensors.state);
+  const size_t parts = parts_of(params) + parts_of(recording.state.tensors);
   for (size_t part = 0; part <= parts; part++) {
     recording.starts.push_back(recording.numbers.size());
     recording.first_grads.push_back(at);
-    if (part < parts && !see_part(numbers, tensors, part, addresses, at)) return false;
+    if (part < parts && !see_part(numbers, params, recording.state, part, addresses, at)) return false;
   }
   return true;
 }
 
-bool match_walk(const Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses) {
-  Matcher objects{recording.objects.data(), recording.objects.data() + recording.objects.size()};
-  Tensors tensors;
-  if (!collect(objects, groups, state, tensors) || !objects.done()) return false;
+bool match_walk(Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses) {
+  Matcher of_params{recording.params}, of_state{recording.state_tensors};
+  std::vector<PyObject*> params;
+  if (!collect_params(of_params, groups, params) || !of_params.done()) return false;
+  if (!recording.state.is_untouched(state)) {
+    if (!recording.state.collect(of_state, state) || !of_state.done()) return false;
+  }
   if (addresses.room != recording.first_grads.back()) return false;
   return Helpers::all(recording.starts.size() - 1, [&](size_t part) {
     const int64_t* numbers = recording.numbers.data();
     Matcher sink{numbers + recording.starts[part], numbers + recording.starts[part + 1]};
     int64_t at = recording.first_grads[part];
-    return see_part(sink, tensors, part, addresses, at) && sink.done();
+    return see_part(sink, params, recording.state, part, addresses, at) && sink.done();
   });
 }
 
@@ -303,7 +342,8 @@ PyObject* checked(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 // with room for all gradients, is filled in.
 PyObject* record(PyObject* const* arguments) {
   auto recording = std::make_unique<Recording>();
-  if (!record_walk(*recording, arguments[0], arguments[1], memory_of<int64_t>(arguments[2], "addresses"))) Py_RETURN_NONE;
+  const auto addresses = memory_of<int64_t>(arguments[2], "addresses");
+  if (!record_walk(*recording, arguments[0], arguments[1], addresses)) Py_RETURN_NONE;
   PyObject* capsule = PyCapsule_New(recording.get(), Recording::NAME, [](PyObject* capsule) {
     delete static_cast<Recording*>(PyCapsule_GetPointer(capsule, Recording::NAME));
   });
@@ -314,8 +354,9 @@ PyObject* record(PyObject* const* arguments) {
 // matches(recording, groups, state, addresses): whether a walk sees what was recorded; then `addresses` are of now.
 PyObject* matches(PyObject* const* arguments) {
   TORCH_CHECK(PyCapsule_IsValid(arguments[0], Recording::NAME), "recording must be what record returned");
-  const auto& recording = *static_cast<Recording*>(PyCapsule_GetPointer(arguments[0], Recording::NAME));
-  return PyBool_FromLong(match_walk(recording, arguments[1], arguments[2], memory_of<int64_t>(arguments[3], "addresses")));
+  auto& recording = *static_cast<Recording*>(PyCapsule_GetPointer(arguments[0], Recording::NAME));
+  const auto addresses = memory_of<int64_t>(arguments[3], "addresses");
+  return PyBool_FromLong(match_walk(recording, arguments[1], arguments[2], addresses));
 }
 
 bool same_items(PyObject* a, PyObject* b) {
@@ -324,19 +365,6 @@ bool same_items(PyObject* a, PyObject* b) {
     if (PySequence_Fast_GET_ITEM(a, i) != PyTuple_GET_ITEM(b, i)) return false;
   return true;
 }
-
-// A number that no other state of any dict has: a group is compared in 5 ns by it, in 100 without. 0 from Python 3.13
-// on, where some writes leave it as it was.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-int64_t version_of([[maybe_unused]] PyObject* dict) {
-#if PY_VERSION_HEX < 0x030D0000
-  return static_cast<int64_t>(reinterpret_cast<PyDictObject*>(dict)->ma_version_tag);
-#else
-  return 0;
-#endif
-}
-#pragma GCC diagnostic pop
 
 // Whether a dict has these very keys and values, in this order; the value of "lr" is not looked at.
 bool same_entries(PyObject* group, PyObject* keys, PyObject* values) {
@@ -414,19 +442,18 @@ PyObject* read_plain_lrs(PyObject* const* arguments) {
 PyObject* increment_version(PyObject* const* arguments) {
   TORCH_CHECK(PyList_Check(arguments[0]), "expected a list of tensors");
   std::vector<PyObject*> objects;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); i++) {
-    objects.push_back(PyList_GET_ITEM(arguments[0], i));
-    TORCH_CHECK(THPVariable_Check(objects.back()), "expected a list of tensors");
-  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); i++) objects.push_back(PyList_GET_ITEM(arguments[0], i));
+  const auto is_tensor = [](PyObject* object) { return THPVariable_Check(object); };
+  TORCH_CHECK(for_each_ahead(objects.data(), objects.data() + objects.size(), is_tensor, touch_object),
+              "expected a list of tensors");
   const auto increment = [](PyObject* object) {
     c10::TensorImpl* tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
     if (!tensor->is_inference()) tensor->bump_version();  // one made in inference mode has no version
     return true;
   };
   Helpers::all(parts_of(objects), [&](size_t part) {
-    PyObject* const* begin = objects.data() + part * PART;
-    const size_t count = std::min(PART, objects.size() - part * PART);
-    return for_each_ahead(begin, begin + count, increment, touch_object, touch_tensor_of, touch_version_of);
+    const auto [begin, end] = range_of(objects, part);
+    return for_each_ahead(begin, end, increment, touch_object, touch_tensor_of, touch_version_of);
   });
   Py_RETURN_NONE;
 }

@@ -73,6 +73,16 @@ def same_list_elsewhere(case: Case) -> None:
     case.groups[0]["params"] = tuple(case.groups[0]["params"])
 
 
+def same_state_written_again(case: Case) -> None:
+    entry = case.state[case.params[1]]
+    for key in list(entry):
+        entry[key] = entry.pop(key)
+
+
+def same_state_in_another_dict(case: Case) -> None:
+    case.state[case.params[1]] = dict(case.state[case.params[1]])
+
+
 def replace_param(case: Case) -> None:
     case.groups[0]["params"][1] = nn.Parameter(torch.randn(5, device=DEVICE))
 
@@ -197,7 +207,9 @@ def grad_sparse(case: Case) -> None:
     case.params[0].grad = torch.randn(3, 4, device=DEVICE).to_sparse()
 
 
-UNCHANGED = [nothing, renew_grads, write_values, same_list_elsewhere]
+UNCHANGED = [
+    nothing, renew_grads, write_values, same_list_elsewhere, same_state_written_again, same_state_in_another_dict,
+]  # fmt: skip
 CHANGED = [
     replace_param, swap_params, move_param, drop_last_param, data_elsewhere, data_of_other_dtype, data_shrunk_in_place,
     data_of_other_strides, strides_of_another_order, grad_gone, grad_come, grad_moved, grad_transposed, grad_misaligned,
@@ -222,8 +234,11 @@ def test_what_a_plan_survives(change: Callable[[Case], None], others: int, eithe
     case = Case(others)
     known = print_of(case, either_walk)
     change(case)
-    found = known.follow(case.groups, case.state)
-    assert found is not None and found.dtype == torch.int64 and found.tolist() == case.addresses()
+    for _ in range(2):
+        found = known.follow(case.groups, case.state)
+        assert found is not None and found.dtype == torch.int64 and found.tolist() == case.addresses()
+    case.state[case.params[1]]["grad_ema"] = torch.zeros(5, device=DEVICE)
+    assert known.follow(case.groups, case.state) is None
 
 
 @FEW_OR_MANY

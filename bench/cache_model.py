@@ -124,6 +124,7 @@ def plan_in_use() -> dict[str, Any]:
         "programs_per_sm": PROGRAMS_PER_SM,
         "stage_a_writes": default.stage_a_writes,
         "evict_first": default.evict_first,
+        "same_runs": default.same_runs,
     }
 
 

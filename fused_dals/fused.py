@@ -100,10 +100,13 @@ class FusedPass:
         window: int | None = None,
         stage_a_writes: bool | None = None,
         evict_first: bool = True,
+        same_runs: bool = False,
         max_registers: int | None = None,
     ) -> None:
         """``window`` in chunks, chosen from the device where None; ``stage_a_writes``: h and m are written in stage A;
-        ``evict_first``: what a step does not touch again is marked so, for the sake of the L2 cache;
+        ``evict_first``: what a step does not touch again is marked so, for the sake of the L2 cache; ``same_runs``: of
+        16-bit parameters with float32 state, or the other way round, 16-bit numbers go 8 bytes at a time instead of 16,
+        which needs no barriers;
         ``max_registers`` of a thread of the pass, left to the compiler where None.
 
         Stage A writing h and m moves fewer bytes (36 against 40 per float32 parameter, where B finds nothing in the
@@ -114,6 +117,7 @@ class FusedPass:
         self.window = window
         self.stage_a_writes = torch.version.hip is None if stage_a_writes is None else stage_a_writes
         self.evict_first = evict_first
+        self.same_runs = same_runs
         self.max_registers = max_registers
         self.group_table = GroupTable(device)
         self.launcher = Launcher()
@@ -359,6 +363,7 @@ class FusedPass:
             TILE=TILE,
             A_WRITES=self.stage_a_writes,
             EVICT_FIRST=self.evict_first,
+            SAME_RUNS=self.same_runs,
         )
         if launched is not None and self.shards is None and not is_capturing(self.device):
             launch.again[which, self._unscale] = Again(launched, fused_pass, self.group_table.scalars)

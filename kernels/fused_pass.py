@@ -125,20 +125,29 @@ def _filtered_update(p, g, h, blend, scalars):
 
 @triton.jit
 def _pointers(
-    addresses, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, MASKED: tl.constexpr
+    addresses, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, SAME_RUNS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Parameter, gradient, state and compensation. Said to be aligned only where full tiles are read through them."""
+    """Parameter, gradient, state and compensation. Said to be aligned only where full tiles are read through them.
+
+    What they are said to be aligned to is how much a thread takes at a time: 16 bytes, or with SAME_RUNS as many
+    elements of 16-bit tensors as of their neighbours in 32 bits, so that no thread needs another's.
+    """
+    NARROW: tl.constexpr = 8 if SAME_RUNS and PARAM_TYPE.primitive_bitwidth != STATE_TYPE.primitive_bitwidth else 16
+    P_BYTES: tl.constexpr = NARROW if PARAM_TYPE.primitive_bitwidth == 16 else 16
+    G_BYTES: tl.constexpr = NARROW if GRAD_TYPE.primitive_bitwidth == 16 else 16
+    STATE_BYTES: tl.constexpr = NARROW if STATE_TYPE.primitive_bitwidth == 16 else 16
     p_ptr = addresses[0].to(tl.pointer_type(PARAM_TYPE))
     g_ptr = addresses[1].to(tl.pointer_type(GRAD_TYPE))
     h_ptr = addresses[2].to(tl.pointer_type(STATE_TYPE))
     m_ptr = addresses[3].to(tl.pointer_type(STATE_TYPE))
     c_ptr = addresses[4].to(tl.pointer_type(tl.int16))
     if not MASKED:
-        p_ptr = tl.multiple_of(p_ptr, 16)
-        g_ptr = tl.multiple_of(g_ptr, 16)
-        h_ptr = tl.multiple_of(h_ptr, 16)
-        m_ptr = tl.multiple_of(m_ptr, 16)
-        c_ptr = tl.multiple_of(c_ptr, 16)
+        p_ptr = tl.multiple_of(p_ptr, P_BYTES)
+        g_ptr = tl.multiple_of(g_ptr, G_BYTES)
+        h_ptr = tl.multiple_of(h_ptr, STATE_BYTES)
+        m_ptr = tl.multiple_of(m_ptr, STATE_BYTES)
+        c_ptr = tl.multiple_of(c_ptr, P_BYTES)
     return p_ptr, g_ptr, h_ptr, m_ptr, c_ptr
 
 
@@ -146,12 +155,13 @@ def _pointers(
 def _stage_a_tile(
     addresses, p_at, g_at, at, mask, blend, scalars, key,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr,
-    UNSCALE: tl.constexpr, A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, MASKED: tl.constexpr,
+    UNSCALE: tl.constexpr, A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, SAME_RUNS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """p and u of one tile; writes h, m and the unscaled gradient too where that is stage A's work."""
     # Stage B comes back for p and m, and for g and h too where it is the one who writes.
     GRADS_USE: tl.constexpr = LAST_USE if A_WRITES else ""
-    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, MASKED)
+    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, SAME_RUNS, MASKED)
     p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, "")
     g = _load(g_ptr, g_at, mask, MASKED, GRADS_USE).to(tl.float32)
     h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED, GRADS_USE).to(tl.float32), blend, scalars)
@@ -173,12 +183,13 @@ def _stage_a_tile(
 def _stage_b_tile(
     addresses, p_at, g_at, at, mask, blend, ratio, scalars, key,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr,
-    UNSCALE: tl.constexpr, A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, MASKED: tl.constexpr,
+    UNSCALE: tl.constexpr, A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, SAME_RUNS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Write p, and h, m and the unscaled gradient where stage A has not."""
     momentum = tl.load(scalars + SCALAR_MOMENTUM)
     eta = tl.load(scalars + SCALAR_ETA)
-    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, MASKED)
+    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, SAME_RUNS, MASKED)
     p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, LAST_USE)
     m = _load(m_ptr, at, mask, MASKED, LAST_USE).to(tl.float32)
     if not A_WRITES:
@@ -338,6 +349,7 @@ def fused_pass(
     TILE: tl.constexpr,
     A_WRITES: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
+    SAME_RUNS: tl.constexpr,
 ):
     """Run the items of a work list until none is left.
 
@@ -349,6 +361,9 @@ def fused_pass(
 
     EVICT_FIRST: what the step does not touch again is the first to leave the L2 cache, which keeps what stage B comes
     back for. In full tiles only, see _load.
+
+    SAME_RUNS: where parameters and state differ in size, full tiles are read and written without barriers, see
+    _pointers.
     """
     LAST_USE: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
@@ -388,7 +403,7 @@ def fused_pass(
                     at = tile + tl.arange(0, TILE).to(tl.int64)
                     p, u = _stage_a_tile(
                         addresses, at, at, at, None, blend, scalar_row, key,
-                        PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, False,
+                        PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, False,
                     )  # fmt: skip
                     p_squares += sums_of_runs((p * p).to(tl.float64))
                     u_squares += sums_of_runs((u * u).to(tl.float64))
@@ -398,7 +413,7 @@ def fused_pass(
                 at, mask, p_at, g_at = offsets_of_piece(piece, stop, access, dims, row)
                 p, u = _stage_a_tile(
                     addresses, p_at, g_at, at, mask, blend, scalar_row, key,
-                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, True,
                 )  # fmt: skip
                 p_square += tl.sum((p * p).to(tl.float64))
                 u_square += tl.sum((u * u).to(tl.float64))
@@ -439,13 +454,13 @@ def fused_pass(
                 at = tile + tl.arange(0, TILE).to(tl.int64)
                 _stage_b_tile(
                     addresses, at, at, at, None, blend, ratio, scalar_row, key,
-                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, False,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, False,
                 )  # fmt: skip
             for piece in range(full, stop, PIECE):
                 at, mask, p_at, g_at = offsets_of_piece(piece, stop, access, dims, row)
                 _stage_b_tile(
                     addresses, p_at, g_at, at, mask, blend, ratio, scalar_row, key,
-                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, True,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, True,
                 )  # fmt: skip
         ticket = next_ticket
         item = next_item

@@ -49,6 +49,7 @@ def codegen_variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
             constants = dict(zip(("PARAM_TYPE", "GRAD_TYPE", "STATE_TYPE"), dtypes, strict=True))
             constants |= {"COMPENSATED": compensated, "UNSCALE": unscale, "SHARDED": sharded}
             constants |= {"CHUNK": CHUNK, "TILE": TILE, "A_WRITES": a_writes, "EVICT_FIRST": True}
+            constants["SAME_RUNS"] = False
             label = ",".join(map(str, dtypes)) + " compensated" * compensated + " unscaled" * unscale
             label += " shards" * sharded
             label += " A writes h m" if a_writes else " A reads"

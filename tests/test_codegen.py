@@ -121,7 +121,7 @@ def test_arrivals_release_behind_a_barrier_and_waits_acquire(compiled: list[tupl
 
 @pytest.fixture(scope="module")
 def ptx() -> dict[str, str]:
-    """Of the pass over tensors that are all float32, and all bfloat16, for sm_90."""
+    """Of the pass over tensors that are all float32, all bfloat16, or bfloat16 with state in float32, for sm_90."""
     command = [sys.executable, "-m", "tests.test_codegen"]
     ran = subprocess.run(command, cwd=ROOT, env=without_interpreter(), check=True, capture_output=True)
     texts: dict[str, str] = json.loads(ran.stdout)
@@ -130,11 +130,12 @@ def ptx() -> dict[str, str]:
 
 def test_warps_of_a_program_do_not_wait_for_each_other_between_tiles(ptx: dict[str, str]) -> None:
     """Where no types have to change layouts: sums stay with their threads until the chunk is done."""
-    for dtypes, loads in {"fp32": 8, "bf16": 4}.items():
-        blocks = re.split(r"^\$L__BB", ptx[dtypes], flags=re.MULTILINE)
+    for name, loads in {"fp32": 8, "bf16": 4, "mixed, same runs": 4, "mixed": 6}.items():
+        blocks = re.split(r"^\$L__BB", ptx[name], flags=re.MULTILINE)
         loops = (block.partition(" bra ")[0] for block in blocks)
         (loop,) = (block for block in loops if len(re.findall(r"ld\.global\S*\.v4", block)) == loads)
-        assert "bar.sync" not in loop and "shfl" not in loop
+        assert ("bar.sync" in loop) == (name == "mixed") and "shfl" not in loop
+        assert len(re.findall(r"ld\.global\S*\.v2", loop)) == (4 if name == "mixed, same runs" else 0)
 
 
 def test_marks_are_for_the_l2_cache(ptx: dict[str, str]) -> None:
@@ -152,14 +153,17 @@ def test_bfloat16_is_rounded_to_nearest(ptx: dict[str, str]) -> None:
 
 
 def print_ptx() -> None:
-    """The PTX of two variants of the pass for sm_90, as JSON."""
+    """The PTX of some variants of the pass for sm_90, as JSON."""
     from fused_dals.kernels.variants import codegen_variants
 
-    labels = {f"{dtype},{dtype},{dtype} A writes h m": dtype for dtype in ("fp32", "bf16")}
+    names = {"fp32,fp32,fp32": "fp32", "bf16,bf16,bf16": "bf16", "bf16,bf16,fp32": "mixed"}
+    labels = {f"{dtypes} A writes h m": name for dtypes, name in names.items()}
     chosen = {labels[label]: rest for label, *rest in codegen_variants() if label in labels}
+    kernel, signature, constants, num_warps = chosen["mixed"]
+    chosen["mixed, same runs"] = [kernel, signature, {**constants, "SAME_RUNS": True}, num_warps]
     texts = {}
-    for dtype, (kernel, signature, constants, num_warps) in chosen.items():
-        texts[dtype] = compile_ahead(kernel, signature, constants, TARGETS["sm_90"], num_warps).asm["ptx"]
+    for name, (kernel, signature, constants, num_warps) in chosen.items():
+        texts[name] = compile_ahead(kernel, signature, constants, TARGETS["sm_90"], num_warps).asm["ptx"]
     print(json.dumps(texts))
 
 

@@ -76,7 +76,7 @@ def expected(passing: FusedPass, launch: Launch, which: int) -> list[Any]:
     tensors += [passing._no_scan, bucket.ratios, bucket.arrivals, bucket.ready, bucket.counters[which], passing._seed]
     types = [fused._triton_dtype(dtype) for dtype in (param, grad, state)]
     flags = [compensated, passing._unscale, False]
-    shape = [bucket.chunk, fused.TILE, passing.stage_a_writes, passing.evict_first]
+    shape = [bucket.chunk, fused.TILE, passing.stage_a_writes, passing.evict_first, passing.same_runs]
     return [*map(plain, tensors), work.count, *types, *flags, *shape]
 
 

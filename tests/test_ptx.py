@@ -62,10 +62,11 @@ class Variant:
     unscale: bool = False
     sharded: bool = False
     a_writes: bool = True
+    same_runs: bool = False
 
     def __str__(self) -> str:
         names = "-".join(str(kind).removeprefix("torch.") for kind in self.dtypes)
-        marks = [name for name in ("compensated", "unscale", "sharded") if getattr(self, name)]
+        marks = [name for name in ("compensated", "unscale", "sharded", "same_runs") if getattr(self, name)]
         return " ".join([names, *marks, "A writes" if self.a_writes else "A reads"])
 
 
@@ -82,6 +83,7 @@ KINDS: list[dict[str, Any]] = [
 VARIANTS = [Variant(**kind, a_writes=writes) for kind in KINDS for writes in (True, False)]
 VARIANTS += [Variant((kind, kind, F32), sharded=True) for kind in (F32, BF16)]
 VARIANTS.append(Variant((BF16, BF16, BF16), compensated=True, unscale=True))
+VARIANTS += [Variant(dtypes, same_runs=True) for dtypes in ((BF16, BF16, F32), (BF16, F32, F32), (F32, F32, BF16))]
 
 
 def misaligned(tensor: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ def step(mix: Mix, emulator: Emulator | None, order: Order | None = None) -> Ten
     for p, c in zip(mix.p, mix.c, strict=False):
         state[p][COMPENSATION_KEY] = c
     positions = list(range(len(mix.p)))
-    fused = FusedPass(CPU, window=order.window, stage_a_writes=variant.a_writes)
+    fused = FusedPass(CPU, window=order.window, stage_a_writes=variant.a_writes, same_runs=variant.same_runs)
     shards = Shards({(0, i): RANKS for i in positions}, CPU) if variant.sharded else None
     batch = TensorBatch(0, positions, mix.p, mix.g, split_over=RANKS if variant.sharded else ())
     fused.prepare([batch], state, [mix.blends], shards)

@@ -34,7 +34,8 @@ def variants_of(scale: Scale) -> list[Variant]:
     found += [(STEP_DTYPES[name], plan) for plan in ways for name in ("fp32", "mixed")]
     found += [(STEP_DTYPES[name], Plan()) for name in ("fp32", *scale.step_dtypes)]
     if scale.sweep_models:
-        found += [(STEP_DTYPES[name], plan) for name in SWEEP_DTYPES for plan in compiled_variants()]
+        sets = [STEP_DTYPES[name] for name in SWEEP_DTYPES]
+        found += [(dtypes, plan) for dtypes in sets for plan in compiled_variants(dtypes)]
     return list(dict.fromkeys(found))
 
 

@@ -33,6 +33,7 @@ class Plan:
     window: int | None = None
     stage_a_writes: bool = True
     evict_first: bool = True
+    same_runs: bool = False
     num_warps: int = fused.NUM_WARPS
     programs_per_sm: int = fused.PROGRAMS_PER_SM
     max_registers: int | None = None
@@ -71,7 +72,9 @@ class PassDriver:
         self.plan = plan
         self.group = group
         device = tensors.params[0].device
-        self.fused_pass = FusedPass(device, plan.window, plan.stage_a_writes, plan.evict_first, plan.max_registers)
+        self.fused_pass = FusedPass(
+            device, plan.window, plan.stage_a_writes, plan.evict_first, plan.same_runs, plan.max_registers
+        )
         param, grad, state_dtype = tensors.dtypes
         self.fused_pass.buckets[param, grad, state_dtype, False] = Bucket(device, chunk=plan.chunk, window=plan.window)
         state = {

@@ -71,6 +71,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         plan = row.plan
         settings = [str(plan[name]) for name in ("chunk", "tile", "num_warps", "programs_per_sm")] + [share]
         settings += ["A" if plan["stage_a_writes"] else "B", "yes" if plan["evict_first"] else "no"]
+        settings.append("same" if plan["same_runs"] else "widest")
         if row.device_s is None:
             failures.append(f"{row.model} {row.dtypes} {', '.join(settings)} failed: {row.error}")
             continue
@@ -85,6 +86,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         "window x L2",
         "h, m by",
         "evict first",
+        "runs",
         "device ms",
         "p10",
         "p90",

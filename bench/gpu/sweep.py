@@ -1,4 +1,5 @@
-"""The tuning sweep: chunk, tile and warps, then programs, then window, writes and marks, each at the best so far."""
+"""The tuning sweep: chunk, tile and warps, then programs, then how 16-bit numbers are read beside float32, then window,
+writes and marks, each at the best so far."""
 
 from __future__ import annotations
 
@@ -49,14 +50,20 @@ def fitting(plan: Plan) -> Plan:
     return replace(plan, max_registers=min(255, REGISTERS_PER_SM // (32 * plan.num_warps * plan.programs_per_sm)))
 
 
-def compiled_variants() -> list[Plan]:
+def are_mixed(dtypes: Dtypes) -> bool:
+    """Whether parameters and state differ in size, so that ``same_runs`` makes a difference."""
+    return dtypes[0].itemsize != dtypes[2].itemsize
+
+
+def compiled_variants(dtypes: Dtypes) -> list[Plan]:
     """The plans of a sweep that differ in machine code and are worth compiling ahead.
 
     The other ways of writing and marking are tried with one chunk and number of warps, most likely the default ones.
     """
     shapes = [fitting(Plan(chunk=c, tile=t, num_warps=w)) for c, t, w in product(CHUNKS, TILES, WARPS)]
     ways = [Plan(stage_a_writes=writes, evict_first=marks) for writes, marks in WRITES_AND_MARKS]
-    return list(dict.fromkeys([*shapes, *ways]))
+    runs = [replace(plan, same_runs=True) for plan in shapes] if are_mixed(dtypes) else []
+    return list(dict.fromkeys([*shapes, *runs, *ways]))
 
 
 def sweep(
@@ -81,11 +88,13 @@ def sweep(
             yield from ((fitting(replace(plan, chunk=c, tile=t, num_warps=w)), share) for c, t, w in shapes)
         elif stage == 1:
             yield from ((fitting(replace(plan, programs_per_sm=programs)), share) for programs in PROGRAMS)
+        elif stage == 2:
+            yield from ((replace(plan, same_runs=same), share) for same in (False, True)[: 1 + are_mixed(dtypes)])
         else:
             plans = (replace(plan, stage_a_writes=a, evict_first=marks) for a, marks in WRITES_AND_MARKS)
             yield from ((other, s) for other in plans for s in WINDOW_SHARES)
 
-    for stage in range(3):
+    for stage in range(4):
         for plan, share in stages(stage, best[1], best[2]):
             if (plan, share) in measured:
                 continue

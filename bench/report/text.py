@@ -157,6 +157,7 @@ def _predicted_beside_measured(found: StepFile) -> Iterator[list[str]]:
         return
     used = dict(found.plan)
     l2_bytes, share = found.environment["l2_bytes"], used.pop("window_share")
+    used.pop("same_runs", None)  # of no account for bytes
     programs = used.pop("programs_per_sm") * found.environment["multiprocessors"]
     for row in found.rows:
         if row.contender != FUSED or row.device_s is None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,10 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scales() -> None:
     assert scale_for(None, quick=False).models[-1] == "llama_7b"
     assert scale_for(["gpt2"], quick=True).models == ("gpt2",) and not scale_for(None, quick=True).sweep_models
+    some = scale_for(None, False, ["compile", "sweep"], 200)
+    assert some == replace(scale_for(None, False), sections=("compile", "sweep"), seconds=200)
+    jobs = gpu_jobs.jobs_of(CpuMachine(), some, Results(), Deadline.after(1), 0)
+    assert [job.section for job in jobs] == ["compile"] + 6 * ["sweep"]
     variants = variants_of(scale_for(None, quick=False))
     assert len(variants) == len(set(variants)) < 60
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench import environment, extras, record
+from bench.gpu.runner import SECTIONS, Deadline, DeviceLost, run_jobs
 from bench.shapes import SHAPES
 from bench.timing import one_line
 
 if TYPE_CHECKING:
-    from bench.gpu.runner import Deadline, Job
+    from bench.gpu.runner import Job
     from bench.gpu.scale import Scale
     from bench.gpu.supervisor import Store
     from bench.gpu.targets import Target
@@ -36,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results, after each part anew")
     parser.add_argument("--quick", action="store_true", help="three models, fewer samples, no sweep: two minutes")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--seconds", type=float, help="time for the whole run instead of 430, or 240 with --quick")
     parser.add_argument("--models", nargs="+", choices=SHAPES, metavar="MODEL", help=f"of {', '.join(SHAPES)}")
     return parser
 
@@ -49,11 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("error: TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
     extras.require("tqdm")
-    from bench.gpu.runner import Deadline
     from bench.gpu.scale import scale_for
     from bench.gpu.supervisor import Store, supervise
 
-    scale = scale_for(args.models, args.quick)
+    scale = scale_for(args.models, args.quick, args.sections, args.seconds)
     with tempfile.TemporaryDirectory(prefix="fused_dals_") as folder:
         store = Store(Path(folder, "progress"))
         return supervise(store, Deadline.after(scale.seconds), partial(_run_on_gpu, scale, args.json))
@@ -77,7 +79,6 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
 
     from bench.gpu import report
     from bench.gpu.jobs import jobs_of, targets_of
-    from bench.gpu.runner import DeviceLost, run_jobs
 
     described = environment.of_machine(machine.describe())
     progress = store.load()

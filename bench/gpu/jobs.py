@@ -76,7 +76,7 @@ def jobs_of(machine: Machine, scale: Scale, results: Results, deadline: Deadline
         for name in SWEEP_DTYPES:
             run_sweep = _sweep_job(machine, scale, model, name, time_is_up)
             jobs.append(Job("sweep", f"{model} {name}", run_sweep, LONG_SECONDS))
-    return jobs
+    return [job for job in jobs if job.section in scale.sections]
 
 
 # -- jobs ------------------------------------------------------------------------------------------------------------

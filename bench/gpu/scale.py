@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.byte_table import STEP_DTYPES, Dtypes
 from bench.gpu.correctness import DTYPES, Spec, grid
 from bench.gpu.features import FEATURES
 from bench.gpu.races import Crowd
+from bench.gpu.runner import SECTIONS
 from fused_dals.buckets import CHUNK
 
 SWEEP_MODELS, SWEEP_DTYPES = ("resnet50", "vit_l_16", "gpt2_xl"), ("fp32", "mixed")
@@ -39,14 +40,18 @@ class Scale:
     compile_budget: tuple[float, float] = (90.0, 80.0)
     sweep_models: tuple[str, ...] = SWEEP_MODELS
     sweep_samples: int = 5
+    sections: tuple[str, ...] = SECTIONS
     seconds: float = 430.0
     seed: int = 0
 
 
-def scale_for(models: Sequence[str] | None, quick: bool) -> Scale:
-    """The whole benchmark, or a look in a minute or two without sweep and large models."""
+def scale_for(
+    models: Sequence[str] | None, quick: bool, sections: Sequence[str] | None = None, seconds: float | None = None
+) -> Scale:
+    """The whole benchmark, or a look in a minute or two without sweep and large models; or some sections of either."""
+    scale = Scale(models=tuple(models or MODELS))
     if quick:
-        return Scale(
+        scale = Scale(
             models=tuple(models or QUICK_MODELS),
             reruns=(100, 5),
             step_dtypes=("fp32", "mixed"),
@@ -55,4 +60,4 @@ def scale_for(models: Sequence[str] | None, quick: bool) -> Scale:
             sweep_models=(),
             seconds=240.0,
         )
-    return Scale(models=tuple(models or MODELS))
+    return replace(scale, sections=tuple(sections or SECTIONS), seconds=seconds or scale.seconds)

@@ -1,10 +1,11 @@
 """What the fused pass moves to and from memory and how long it takes, PREDICTED: its work list replayed.
 
 Time: programs draw items in ticket order, each one ahead. Memory serves them in the order in which they begin, at its
-bandwidth. An item of stage A takes that long and no less than its latencies, one of stage B, whose loads find what they
-look for in the cache and whose stores nobody waits for, its latencies alone; these are ASSUMED: ITEM_SECONDS and
-TILE_SECONDS. The last item of a tensor's stage A makes the trust ratio besides, in RATIO_SECONDS, also assumed; stage B
-waits for it, and begins then.
+bandwidth. An item of stage A takes that long and no less than its latencies. One of stage B, whose stores nobody waits
+for, takes its latencies alone where stage A has left it all it loads, and as long as A's where A only reads, so that B
+fetches m itself (and, an upper bound, its stores). Latencies are ASSUMED: ITEM_SECONDS and TILE_SECONDS. The last item
+of a tensor's stage A makes the trust ratio besides, in RATIO_SECONDS, also assumed; stage B waits for it, and begins
+then.
 
 Bytes: the cache is fully associative, replaces what was used least recently, and holds all of a chunk's tensors or
 none: p, g, h and m of 8192 float32 elements are 128 KiB of some 50 MB. An item uses its chunk when half of its time is
@@ -225,7 +226,9 @@ def _in_order_of_use(plan: PassPlan, items: _Items) -> tuple[Sequence[int], floa
             waiting.setdefault(tensor, []).append((time, program, ticket))
         else:
             memory = max(memory, time) + moved[ticket]
-            end = time + at_least[ticket] if stage else max(memory, time + at_least[ticket])
+            end = time + at_least[ticket]
+            if not stage or not plan.stage_a_writes:
+                end = max(end, memory)
             uses.append(((time + end) / 2, ticket))
             worked += end - time
             heappush(events, (end, program, ticket, ENDS))

@@ -47,10 +47,11 @@ def source_hash() -> str:
     """Of the package's sources, which tells what was measured also where there is no repository."""
     from fused_dals import kernels
 
-    folders = [Path(module.__file__).parent for module in (fused_dals, kernels) if module.__file__]
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.iterdir() if path.suffix in SOURCES):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for module in (fused_dals, kernels):  # one lies in the other, or beside it
+        folder = Path(str(module.__file__)).parent
+        for path in sorted(path for path in folder.iterdir() if path.suffix in SOURCES):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

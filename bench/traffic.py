@@ -76,7 +76,7 @@ TRIES: dict[str, dict[str, Any]] = {
 }
 #: The model is no more exact: replays in coarse chunks are within 1 % of exact ones.
 EQUALLY_SLOW = 1.01
-#: A replay of so many chunks is within 1 % of one of all; tests/test_traffic.py holds it to that.
+#: A replay of so many chunks is within 1 % of one of all, 2 % where A only reads: see tests/test_traffic.py.
 MOST_CHUNKS = 30_000
 
 
@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=STEP_DTYPES, default=list(STEP_DTYPES))
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="for the first table")
     parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS), help="for the second table")
-    parser.add_argument("--exact", action="store_true", help="replay every chunk: minutes instead of seconds")
+    parser.add_argument("--exact", action="store_true", help="replay every chunk: takes several times as long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the predictions")
     return parser
 

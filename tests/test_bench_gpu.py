@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,6 +50,7 @@ from bench.gpu.supervisor import Progress, Store, supervise
 from bench.shapes import SHAPES
 from fused_dals.host_walk import HOST_WALK
 from tests.gpu_stand_ins import FP32, MIXED, TINY, CpuMachine, interpreted
+from tests.processes import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -189,18 +191,23 @@ def test_a_failing_job_is_a_row_and_the_rest_runs() -> None:
 
 
 def test_a_device_that_answers_no_more_ends_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of one job is looked into: it may have left a context in which every call fails."""
+    """Looked at after every job: it may have left a context in which every call fails, and made a row of it."""
     results, machine = Results([1.0]), CpuMachine()
 
     def fail() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(machine, "wait", fail)
-    jobs = [Job("races", "good", lambda: [1]), Job("races", "bad", lambda: [][0]), Job("host", "good", lambda: [2])]
-    with pytest.raises(DeviceLost, match=r"after races, bad: RuntimeError: CUDA error: an illegal"):
-        run_jobs(jobs, results, Deadline.after(60), machine)
+    for label, run in (("bad", lambda: [][0]), ("swallows it", lambda: [1])):
+        jobs = [Job("races", label, run), Job("host", "good", lambda: [2])]
+        with pytest.raises(DeviceLost, match=rf"after races, {label}: RuntimeError: CUDA error: an illegal"):
+            run_jobs(jobs, results, Deadline.after(60), machine)
     assert results.rows["races"] == [1] and not results.rows["host"]
-    assert [failure.label for failure in results.failures["races"]] == ["bad"]
+    assert [failure.label for failure in results.failures["races"]] == [
+        "bad",
+        "bad, afterwards",
+        "swallows it, afterwards",
+    ]
 
 
 def test_a_hung_device_ends_the_process_with_what_there_is(
@@ -264,16 +271,18 @@ def _dies() -> list[Check]:
 
 
 def _starts_another() -> list[Check]:
-    subprocess.Popen(["sleep", "600"])
+    Path(os.environ["PID_FILE"]).write_text(str(subprocess.Popen(["sleep", "600"]).pid))
     return _sleeps()
 
 
 WATCHED = (_fine, _sleeps, _fine, _holds_the_lock, _dies, _starts_another, _fine)
+SECTIONS_OF_WATCHED = ("races", "races", "races", "host", "races", "steps", "races")
 
 
 def _work(folder: Path, store: Store, deadline: Deadline) -> int:
     """What is left of the jobs above, in one of the processes."""
-    jobs = [Job("races", f"{i} {run.__name__}", run, 1.5) for i, run in enumerate(WATCHED)]
+    numbered = enumerate(zip(SECTIONS_OF_WATCHED, WATCHED, strict=True))
+    jobs = [Job(section, f"{i} {run.__name__}", run, 3.0) for i, (section, run) in numbered]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bench.gpu.jobs.jobs_of", lambda *args: jobs)
         return gpu.run(CpuMachine(), Scale(models=()), folder / "gpu.json", 0, store, deadline)
@@ -283,31 +292,81 @@ def _dies_at_once(store: Store, deadline: Deadline) -> int:
     raise RuntimeError("no device")
 
 
-def test_jobs_that_hang_or_kill_their_process_are_failures_and_all_others_run(tmp_path: Path) -> None:
-    before = _sleepers()
+def test_jobs_that_hang_or_kill_their_process_are_failures_and_all_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pid_file = tmp_path / "pid"
+    monkeypatch.setenv("PID_FILE", str(pid_file))
     store = Store(tmp_path / "progress")
     assert supervise(store, Deadline.after(120), functools.partial(_work, tmp_path)) == 1, "failures are no success"
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["ended"] == "complete" and [row["label"] for row in record["races"]] == ["fine"] * 3
-    failures = {failure["label"]: failure["error"] for failure in record["failures"]["races"]}
-    assert list(failures) == ["1 _sleeps", "3 _holds_the_lock", "4 _dies", "5 _starts_another"]
+    failures = {
+        failure["label"]: failure["error"]
+        for section in ("races", "host", "steps")
+        for failure in record["failures"][section]
+    }
     assert failures.pop("4 _dies") == "the process ended with status -11"
-    assert set(failures.values()) == {"the process was ended: no word from it for 2 s"}
-    assert _sleepers() == before, "what a process has started ends with it"
+    assert failures == dict.fromkeys(
+        ("1 _sleeps", "3 _holds_the_lock", "5 _starts_another"), "the process was ended: no word from it for 3 s"
+    )
+    targets = {target["label"]: target["passed"] for target in record["targets"]}
+    assert (
+        targets["steps: all parts ran"] is targets["host: all parts ran"] is targets["races: all checks hold"] is False
+    )
+    said = capfd.readouterr()
+    assert "error: host, 3 _holds_the_lock: the process was ended" in said.err
+    for section in ("host", "races"):
+        assert said.out.count(f"\n{section} (") == 1, "shown once, also where its last part came to no end"
+    assert not is_running(int(pid_file.read_text())), "what a process has started ends with it"
 
 
-def _sleepers() -> int:
-    return int(subprocess.run(["pgrep", "-cf", "^sleep 600"], capture_output=True, text=True).stdout)
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
-def test_a_process_that_comes_to_no_job_is_not_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert supervise(Store(tmp_path / "progress"), Deadline.after(60), _dies_at_once) == 1
+def _tells_its_number_and_sleeps(store: Store, deadline: Deadline) -> int:
+    store.path.with_name("child").write_text(str(os.getpid()))
+    time.sleep(600)
+    return 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_whoever_ends_the_supervisor_ends_its_process(number: int, tmp_path: Path) -> None:
+    program = "import sys; from tests.test_bench_gpu import watch_a_sleeper; watch_a_sleeper(sys.argv[1])"
+    supervisor = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
+    child = tmp_path / "child"
+    deadline = time.monotonic() + 60
+    while not child.exists() or not child.read_text():
+        assert time.monotonic() < deadline and supervisor.poll() is None
+        time.sleep(0.05)
+    supervisor.send_signal(number)
+    supervisor.wait()
+    while is_running(int(child.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def watch_a_sleeper(folder: str) -> None:
+    supervise(Store(Path(folder, "progress")), Deadline.after(60), _tells_its_number_and_sleeps)
+
+
+def test_a_process_that_comes_to_no_job_is_started_once_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store, told = Store(tmp_path / "progress"), []
+    store.save(Progress(Results([1.0]), {"l2_bytes": 1}, 3))
+    assert supervise(store, Deadline.after(60), _dies_at_once, lambda progress, why: told.append((progress, why))) == 1
+    assert told == [(store.load(), "the process ended with status 1")]
+    gpu._write(tmp_path / "gpu.json", Scale(models=()), *told[0])
+    assert json.loads((tmp_path / "gpu.json").read_text())["ended"] == "the process ended with status 1"
     said = capfd.readouterr().err
-    assert said.count("RuntimeError: no device") == 1 and "error: the process ended with status 1" in said
+    assert said.count("RuntimeError: no device") == 2 and "error: the process ended with status 1" in said
 
 
 def test_progress_outlives_its_process(ran: tuple[dict[str, Any], str], tmp_path: Path) -> None:
     store = Store(tmp_path / "progress")
     assert store.load() == Progress()
-    store.save(Progress(Results([1.0], rows={"host": [Check("a", True, "")]}), 3, ("host", "a", 1.5)))
+    store.save(Progress(Results([1.0], rows={"host": [Check("a", True, "")]}), {}, 3, ("host", "a", 1.5)))
     assert store.load().results.rows == {"host": [Check("a", True, "")]} and store.load().begun == 3

@@ -22,7 +22,7 @@ from bench.gpu.correctness import (
 )
 from bench.gpu.jobs import targets_of
 from bench.gpu.runner import Deadline, Job, Results, run_jobs
-from bench.gpu.targets import compiled_targets, host_targets, launch_targets, plan_bytes, step_targets
+from bench.gpu.targets import Target, compiled_targets, host_targets, launch_targets, plan_bytes, step_targets
 from bench.timing import Spread, StepRow
 from tests.gpu_stand_ins import BF16, FP32, MIXED, CpuMachine
 
@@ -77,6 +77,8 @@ def test_targets_on_host_time_and_launches() -> None:
     ]
     assert [target.passed for target in host_targets(rows)] == [True, False, False]
     assert [target.passed for target in host_targets([])] == [None]
+    failed = gpu_checks.HostRow(FUSED, 300, 300, None, [], "left out")
+    assert [target.passed for target in host_targets([rows[0], failed])] == [True, None, None]
     launches = [gpu_checks.LaunchRow(FUSED, 300, kernels=3, copies=1), gpu_checks.LaunchRow(FUSED, 1, error="x")]
     launches.append(gpu_checks.LaunchRow(gpu_checks.WITHOUT_LOSS, 1, kernels=3, memsets=1))
     assert [target.passed for target in launch_targets(launches)] == [True, None, False]
@@ -84,20 +86,32 @@ def test_targets_on_host_time_and_launches() -> None:
 
 def test_checks_that_fail_or_were_not_made_fail_their_target() -> None:
     results = Results([1.0])
-    assert [target.passed for target in targets_of(results, CpuMachine())][:4] == [None] * 4
+    assert [target.passed for target in targets_of(results, 1 << 14)][:4] == [None] * 4
     results.rows["races"] = [Check("a", True, ""), Check("b", False, "")]
     results.rows["waiting"] = [Check("a", True, "")]
     run_jobs([Job("correctness", "bad", lambda: [][0])], results, Deadline.after(60), CpuMachine())
     late = [Job(section, "late", lambda: [][0]) for section in ("races", "waiting", "features")]
     run_jobs(late, results, Deadline.after(-1), CpuMachine())
-    targets = targets_of(results, CpuMachine())
+    results.to_come.update(races=2, waiting=0)
+    targets = targets_of(results, 1 << 14)
     assert [target.passed for target in targets[:4]] == [False, False, None, None], "late is not bad, and not right"
     assert [target.value for target in targets[:4]] == [
         "0 checks, 1 bad",
-        "2 checks, 1 bad, 1 left out",
+        "2 checks, 1 bad, 1 left out, 2 to come",
         "1 checks, 0 bad, 1 left out",
         "not measured, 1 left out",
     ]
+
+
+def test_what_has_not_ended_has_not_passed_and_parts_that_fail_are_told() -> None:
+    results = Results([1.0])
+    results.rows["races"] = [Check("a", True, "")]
+    results.to_come["races"] = 1
+    assert targets_of(results, 1)[1].passed is None
+    results.to_come["races"] = 0
+    assert targets_of(results, 1)[1].passed is True
+    run_jobs([Job("steps", "bad", lambda: [][0])], results, Deadline.after(60), CpuMachine())
+    assert targets_of(results, 1)[4] == Target("steps: all parts ran", "0 failed", "1 failed", False)
 
 
 def test_windows_of_the_sweep() -> None:

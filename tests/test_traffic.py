@@ -139,6 +139,23 @@ def test_the_trust_ratio_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert two.waiting == pytest.approx(80 / (80 + 2 * 500 + 80 + 2 * 100))
 
 
+def test_stage_b_waits_for_a_ratio_that_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 and 5 elements, in tiles of 5: A ends at 540 and 520, the ratios are there at 740 and 720, and who has made
+    the second one waits with the first one's B until then.
+    """
+    assume(monkeypatch, (500.0, 100.0), (20.0, 0.0), (200.0, 0.0))
+    found = traffic_of(plan([10, 5], window=4, programs=2, bandwidth=1.0, tile=5), 10**6)
+    assert found.waiting == pytest.approx(20 / (20 + 540 + 520 + 2 * 200 + 2 * 100))
+
+
+def test_items_use_the_cache_midway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A of three tensors in the order of their middles: at 3000 of 6000, 5000 of 10,000, 7500 between 6000 and 9000."""
+    assume(monkeypatch, (0.0, 0.0), (500.0, 0.0), (0.0, 0.0))
+    three = plan([20, 12, 6], window=9, chunk=20, programs=2, bandwidth=1.0, evict_first=True, tile=1)
+    # 160 bytes are p and m of the first, which the third pushes out, though it ends before.
+    assert traffic_of(three, 160).memory_bytes == 38 * 28 + 20 * 8 + 12 * 8
+
+
 def test_what_is_used_last_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs at a tensor each, whose chunks are used when half of their time is over."""
     assume(monkeypatch, (0.0, 0.0), (50.0, 0.0), (0.0, 0.0))
@@ -229,8 +246,9 @@ def test_coarser_chunks_change_little(model: str, writes: bool) -> None:
     coarse = fine.coarser(traffic.MOST_CHUNKS)
     assert coarse.chunk > fine.chunk
     one, other = (traffic_of(replayed, 30_000_000) for replayed in (fine, coarse))
-    assert one.per_parameter == pytest.approx(other.per_parameter, rel=0.01)
-    assert one.slowness == pytest.approx(other.slowness, rel=0.01)
+    close = 0.01 if writes else 0.02
+    assert one.per_parameter == pytest.approx(other.per_parameter, rel=close)
+    assert one.slowness == pytest.approx(other.slowness, rel=close)
     assert one.waiting == pytest.approx(other.waiting, abs=0.015)
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from bench.timing import one_line
 if TYPE_CHECKING:
     from bench.gpu.runner import Job
     from bench.gpu.scale import Scale
-    from bench.gpu.supervisor import Store
+    from bench.gpu.supervisor import Progress, Store
     from bench.gpu.targets import Target
     from bench.machine import Machine
 
@@ -58,7 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale = scale_for(args.models, args.quick, args.sections, args.seconds)
     with tempfile.TemporaryDirectory(prefix="fused_dals_") as folder:
         store = Store(Path(folder, "progress"))
-        return supervise(store, Deadline.after(scale.seconds), partial(_run_on_gpu, scale, args.json))
+        give_up = partial(_write, args.json, scale)
+        return supervise(store, Deadline.after(scale.seconds), partial(_run_on_gpu, scale, args.json), give_up)
+
+
+def _write(path: Path | None, scale: Scale, progress: Progress, ended: str) -> None:
+    """What there is, as JSON; nothing where no process has come as far as to tell what it runs on."""
+    from bench.gpu import report
+    from bench.gpu.jobs import targets_of
+
+    if path is not None and progress.described:
+        try:
+            targets = targets_of(progress.results, progress.described["l2_bytes"])
+        except Exception as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            targets = []
+        record.save(path, report.record(progress.described, scale, progress.results, targets, ended))
 
 
 def _run_on_gpu(scale: Scale, path: Path | None, store: Store, deadline: Deadline) -> int:
@@ -80,27 +96,18 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
     from bench.gpu import report
     from bench.gpu.jobs import jobs_of, targets_of
 
-    described = environment.of_machine(machine.describe())
     progress = store.load()
     results = progress.results
-    if progress.begun == 0:
-        print(", ".join(f"{key} {value}" for key, value in described.items()), flush=True)
+    first = not progress.described
+    progress.described = {"l2_bytes": machine.l2_bytes, **environment.of_machine(machine.describe())}
+    if first:
+        print(", ".join(f"{key} {value}" for key, value in progress.described.items()), flush=True)
     results.conditions.append(machine.conditions())
     results.copy_samples += [machine.copy_bandwidth() for _ in range(scale.copy_samples)]
     jobs = jobs_of(machine, scale, results, deadline, workers)
-    last = {job.section: job for job in jobs}
-
-    def targets() -> list[Target]:
-        found: list[Target] = []
-        attempt(lambda: found.extend(targets_of(results, machine)))
-        return found
-
-    def save(ended: str) -> None:
-        if path is not None:
-            record.save(path, report.record(described, scale, results, targets(), ended))
-
-    def show(section: str) -> None:
-        tqdm.write("\n" + report.section_text(section, results))
+    last = {job.section: index for index, job in enumerate(jobs)}
+    if first:
+        results.to_come.update(Counter(job.section for job in jobs))
 
     def attempt(work: Callable[[], None]) -> None:
         """What cannot be shown or written now may be later, with all that is still to come."""
@@ -109,34 +116,50 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
         except Exception as error:
             tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
 
+    def save(ended: str) -> None:
+        attempt(lambda: _write(path, scale, progress, ended))
+
+    def show(section: str) -> None:
+        tqdm.write("\n" + report.section_text(section, results))
+        sys.stdout.flush()
+
+    def show_ended() -> None:
+        """Sections that are over, those of a process that came to no end among them."""
+        for section, index in last.items():
+            if index < progress.begun and section not in progress.shown:
+                progress.shown.append(section)
+                attempt(partial(show, section))
+
     with tqdm(total=len(jobs), initial=progress.begun, unit="part") as bar:
 
         def before(job: Job) -> None:
             bar.set_description(job.section)
             store.begin(progress, job)
-            attempt(lambda: save(f"while at {job.section}, {job.label}"))
+            save(f"while at {job.section}, {job.label}")
 
         def after(job: Job) -> None:
             bar.update()
+            show_ended()
             store.end(progress)
-            if last[job.section] is job:
-                attempt(lambda: show(job.section))
-            attempt(lambda: save(f"after {job.section}, {job.label}"))
+            save(f"after {job.section}, {job.label}")
 
         try:
             run_jobs(jobs[progress.begun :], results, deadline, machine, before, after)
         except DeviceLost as lost:
             print(f"error: {lost}", file=sys.stderr, flush=True)
             store.end(progress)
-            attempt(partial(save, str(lost)))
+            save(str(lost))
             sys.stdout.flush()
             os._exit(1)  # leaving in order would wait for the device
-    held = targets()
+    show_ended()
+    held: list[Target] = []
+    attempt(lambda: held.extend(targets_of(results, machine.l2_bytes)))
     print("\n" + report.target_table(held))
     results.conditions.append(machine.conditions())
     save("complete")
     if path is not None:
         print(f"\nresults: {path}")
+    sys.stdout.flush()
     progress.status = int(not held or any(target.passed is False for target in held))
     store.end(progress)
     return progress.status

@@ -15,7 +15,7 @@ from bench.gpu.correctness import Check, check_grid, check_optimizer, dtypes_lab
 from bench.gpu.driver import Plan
 from bench.gpu.features import LATE_FEATURES, features
 from bench.gpu.races import hunt_races
-from bench.gpu.runner import LONG_SECONDS, Deadline, Job, Results
+from bench.gpu.runner import CHECKS_SECONDS, LONG_SECONDS, SECTIONS, Deadline, Job, Results
 from bench.gpu.scale import SWEEP_DTYPES, Scale
 from bench.gpu.sweep import SweepRow, sweep
 from bench.gpu.targets import Target, compiled_targets, host_targets, launch_targets, plan_seconds, step_targets
@@ -38,7 +38,7 @@ def jobs_of(machine: Machine, scale: Scale, results: Results, deadline: Deadline
     checks = features(machine, scale.samples, CompileBudget(*scale.compile_budget), scale.seed)
     early, late = (
         [
-            Job("features", name, checks[name], LONG_SECONDS)
+            Job("features", name, checks[name], LONG_SECONDS if is_late else CHECKS_SECONDS)
             for name in scale.features
             if (name in LATE_FEATURES) == is_late
         ]
@@ -63,14 +63,14 @@ def jobs_of(machine: Machine, scale: Scale, results: Results, deadline: Deadline
     )
     for model in scale.models:
         for name in scale.step_dtypes:
-            run = _step_job(machine, scale, results, model, name, time_is_up)
+            run = _step_job(machine, scale, results, model, name, deadline)
             jobs.append(Job("steps", f"{model} {name}", run, LONG_SECONDS))
     for count in scale.launch_counts:
         jobs.append(Job("launches", f"{count} tensors", _launch_job(machine, count)))
     jobs += late
     budget = CompileBudget(*scale.compile_budget)
     for model in scale.models if "fp32" in scale.step_dtypes else ():
-        run = _step_job(machine, scale, results, model, "fp32", time_is_up, budget)
+        run = _step_job(machine, scale, results, model, "fp32", deadline, budget)
         jobs.append(Job("compiled", f"{model} fp32", run, LONG_SECONDS))
     for model in scale.sweep_models:
         for name in SWEEP_DTYPES:
@@ -103,7 +103,7 @@ def _step_job(
     results: Results,
     model: str,
     name: str,
-    time_is_up: Callable[[], bool],
+    deadline: Deadline,
     compile_budget: CompileBudget | None = None,
 ) -> Callable[[], Iterable[StepRow]]:
     """Everybody, or with a budget the compiled reference, which may take a minute to be there, and the fused path."""
@@ -116,9 +116,10 @@ def _step_job(
             contenders = contenders_for(dtypes)
             results.copy_samples += [machine.copy_bandwidth() for _ in range(scale.copy_samples)]
         else:
+            compile_budget.left_s = min(compile_budget.left_s, max(0.0, deadline.left_s()))
             contenders = beside_compiled(dtypes, len(shapes), compile_budget)
         return time_contenders(
-            machine, fitting, dtypes, name, shapes, contenders, scale.samples, scale.seed, time_is_up=time_is_up
+            machine, fitting, dtypes, name, shapes, contenders, scale.samples, scale.seed, time_is_up=deadline.passed
         )
 
     return run
@@ -142,23 +143,27 @@ def _sweep_job(
 # -- targets ---------------------------------------------------------------------------------------------------------
 
 
-def targets_of(results: Results, machine: Machine) -> list[Target]:
+def targets_of(results: Results, l2_bytes: int) -> list[Target]:
     """Everything that was promised, with what this run says about it."""
     targets = []
     for section in CHECKED:
         checks: list[Check] = results.rows[section]
         bad = sum(not check.passed for check in checks) + len(results.failures[section])
-        missing = len(results.left_out[section])
+        missing, to_come = len(results.left_out[section]), results.to_come[section]
         value = f"{len(checks)} checks, {bad} bad" if checks or bad else "not measured"
-        value += f", {missing} left out" if missing else ""
-        passed = False if bad else None if missing or not checks else True
+        value += f", {missing} left out" * (missing > 0) + f", {to_come} to come" * (to_come > 0)
+        passed = False if bad else None if missing or to_come > 0 or not checks else True
         targets.append(Target(f"{section}: all checks hold", "0 bad", value, passed))
+    for section in SECTIONS:
+        failed = len(results.failures[section])
+        if failed and section not in CHECKED:
+            targets.append(Target(f"{section}: all parts ran", "0 failed", f"{failed} failed", False))
     launches: list[LaunchRow] = results.rows["launches"]
     hosts: list[HostRow] = results.rows["host"]
     steps: list[StepRow] = results.rows["steps"]
     limits = {
         (row.model, row.dtypes): plan_seconds(
-            SHAPES[row.model](), STEP_DTYPES[row.dtypes], machine.l2_bytes, results.copy_bandwidth
+            SHAPES[row.model](), STEP_DTYPES[row.dtypes], l2_bytes, results.copy_bandwidth
         )
         for row in steps
     }

@@ -17,7 +17,7 @@ SECTIONS = (
 )  # fmt: skip
 
 #: Longer than any job of checks takes, and than one with torch.compile or all of a model's contenders.
-CHECKS_SECONDS, LONG_SECONDS = 75.0, 150.0
+CHECKS_SECONDS, LONG_SECONDS = 60.0, 150.0
 
 
 class DeviceLost(BaseException):
@@ -48,14 +48,16 @@ def _of_sections(empty: Callable[[], Any]) -> dict[str, Any]:
 
 @dataclass
 class Results:
-    """Rows by section, what failed in each and what time did not suffice for; the copy bandwidth in bytes per second,
-    measured before each list of tensors; clocks and temperature when a process began and at the end."""
+    """Rows by section, what failed in each, what time did not suffice for, and how many jobs have not ended; the copy
+    bandwidth in bytes per second, measured before each list of tensors; clocks and temperature when a process began and
+    at the end."""
 
     copy_samples: list[float] = field(default_factory=list)
     conditions: list[dict[str, str]] = field(default_factory=list)
     rows: dict[str, list[Any]] = field(default_factory=lambda: _of_sections(list))
     failures: dict[str, list[Failure]] = field(default_factory=lambda: _of_sections(list))
     left_out: dict[str, list[str]] = field(default_factory=lambda: _of_sections(list))
+    to_come: dict[str, int] = field(default_factory=lambda: _of_sections(int))
     seconds: dict[str, float] = field(default_factory=lambda: _of_sections(float))
 
     @property
@@ -74,8 +76,11 @@ class Deadline:
     def after(cls, seconds: float) -> Deadline:
         return cls(time.monotonic() + seconds)
 
+    def left_s(self) -> float:
+        return self.end - time.monotonic()
+
     def passed(self) -> bool:
-        return time.monotonic() > self.end
+        return self.left_s() < 0
 
 
 def run_jobs(
@@ -94,6 +99,7 @@ def run_jobs(
         before(job)
         if deadline.passed():
             results.left_out[job.section].append(job.label)
+            results.to_come[job.section] -= 1
             after(job)
             continue
         start = time.monotonic()
@@ -106,20 +112,16 @@ def run_jobs(
             raise
         except Exception as error:  # whatever it is, the next job may work
             failures.append(Failure(job.label, one_line(error)))
-            _check_alive(machine, job, error)
         finally:
             results.seconds[job.section] += time.monotonic() - start
+            results.to_come[job.section] -= 1
+        try:
+            machine.wait()
+        except Exception as refusal:  # an error of an address leaves a context in which every further call fails
+            failures.append(Failure(f"{job.label}, afterwards", one_line(refusal)))
+            raise DeviceLost(f"after {job.section}, {job.label}: {one_line(refusal)}") from refusal
         try:
             machine.release()
         except Exception as error:
             failures.append(Failure(f"{job.label}, releasing memory", one_line(error)))
-            _check_alive(machine, job, error)
         after(job)
-
-
-def _check_alive(machine: Machine, job: Job, error: Exception) -> None:
-    """After an error: one of an address leaves a CUDA context in which every further call fails."""
-    try:
-        machine.wait()
-    except Exception as refusal:
-        raise DeviceLost(f"after {job.section}, {job.label}: {one_line(refusal)}") from error

@@ -7,6 +7,7 @@ for the jobs that are left.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -18,22 +19,33 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.gpu.runner import Deadline, Failure, Job, Results
 from bench.record import write_atomically
 
-#: For starting a process, up to its first job: torch, the device, the first copies.
-START_SECONDS = 90.0
+#: For starting a process, up to its first job: torch, the device, the first copies; and how often in a row.
+START_SECONDS, STARTS = 60.0, 2
+#: Over the deadline, what a job may still take; and what it may take in any case.
+GRACE_SECONDS, LEAST_SECONDS = 45.0, 10.0
+#: For the end of a process that has left its status, or is being ended.
+END_SECONDS = 10.0
 POLL_SECONDS = 0.1
+#: From linux/prctl.h: the signal that a process gets when the one that started it ends, in whatever way.
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass
 class Progress:
-    """What has been found, how many jobs have begun, and which one is at work; ``status`` once all is done."""
+    """What has been found, and on what; how many jobs have begun, which one is at work, and the sections whose tables
+    somebody has seen; ``status`` once all is done.
+    """
 
     results: Results = field(default_factory=Results)
+    described: dict[str, Any] = field(default_factory=dict)
     begun: int = 0
     running: tuple[str, str, float] | None = None  # section, label, seconds
+    shown: list[str] = field(default_factory=list)
     status: int | None = None
 
 
@@ -66,26 +78,36 @@ class Store:
         self.save(progress)
 
 
-def supervise(store: Store, deadline: Deadline, work: Callable[[Store, Deadline], int]) -> int:
+def supervise(
+    store: Store,
+    deadline: Deadline,
+    work: Callable[[Store, Deadline], int],
+    give_up: Callable[[Progress, str], None] = lambda progress, why: None,
+) -> int:
     """Call ``work`` in processes, one after the other, until it is done; returns the last one's status.
 
     ``work``, which pickle must find by its name, goes on with what the store has, and leaves its status there at the
-    end. A job that outlasts its limit, or whose process ends, is a failure of its section. Where a process does not
-    even come to its first job, nothing more is tried.
+    end. A job that outlasts its limit, or whose process ends, is a failure of its section. Where two processes in a row
+    do not even come to a job, nothing more is tried, and ``give_up`` is called with what there is.
     """
+    failed_starts = 0
     while True:
         before = store.load()
         why = _watch(store, deadline, work)
         progress = store.load()
         if progress.status is not None:
             return progress.status
-        print(f"error: {why}", file=sys.stderr, flush=True)
         if progress.running is not None:
             section, label, _ = progress.running
             progress.results.failures[section].append(Failure(label, why))
+            progress.results.to_come[section] -= 1
             progress.running = None
             store.save(progress)
-        if progress.begun == before.begun:
+            why = f"{section}, {label}: {why}"
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        failed_starts = 0 if progress.begun > before.begun else failed_starts + 1
+        if failed_starts == STARTS:
+            give_up(progress, why)
             return 1
 
 
@@ -100,17 +122,19 @@ def _watch(store: Store, deadline: Deadline, work: Callable[[Store, Deadline], i
             process.join(POLL_SECONDS)
             if _version(store) != seen:
                 seen, since = _version(store), time.monotonic()
-                running = store.load().running
-                limit_s = START_SECONDS if running is None else running[2]
+                progress = store.load()
+                limit_s = START_SECONDS if progress.running is None else progress.running[2]
+                limit_s = min(limit_s, max(LEAST_SECONDS, deadline.left_s() + GRACE_SECONDS))
+                limit_s = limit_s if progress.status is None else END_SECONDS
             elif time.monotonic() - since > limit_s:
                 return f"the process was ended: no word from it for {limit_s:.0f} s"
         return f"the process ended with status {process.exitcode}"
     finally:
-        # With all that it has started, in case of an interrupt too; who is at the end already is not there any more.
+        # With all that it has started but a compiler, which ends by itself, in case of an interrupt too.
         process.kill()
         with suppress(ProcessLookupError):
             os.killpg(process.pid or 0, signal.SIGKILL)
-        process.join()
+        process.join(END_SECONDS)  # a driver may hold it for ever
 
 
 def _version(store: Store) -> int:
@@ -118,5 +142,8 @@ def _version(store: Store) -> int:
 
 
 def _enter(work: Callable[[Store, Deadline], int], store: Store, deadline: Deadline) -> None:
-    os.setsid()
+    os.setpgid(0, 0)
+    # Whoever ends the supervisor must not leave a device at work.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     sys.exit(work(store, deadline))

@@ -67,6 +67,7 @@ class Fingerprint:
             for_ranks,
             list(map(Tensor.data_ptr, params)),
             list(map(Tensor.numel, params)),
+            list(map(_dtype, params)),
             _layouts(params),
             list(map(_dtype, grads)),
             _layouts(grads),

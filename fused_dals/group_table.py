@@ -63,6 +63,8 @@ class GroupTable:
             )
         if len(rows) != len(self._rows):
             count = len(rows)
+            self._rows, self._lrs, self._addresses = [], host.doubles(()), []  # of the new memory nothing is known
+            self._version = None
             self.rows = torch.empty(count, len(layout.GROUP_COLUMNS), dtype=torch.float64, device=self.device)
             self.lrs = torch.empty(count, dtype=torch.float64, device=self.device)
             self.addresses = torch.empty(count, dtype=torch.int64, device=self.device)

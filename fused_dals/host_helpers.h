@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <csignal>
 #include <cstddef>
@@ -32,15 +33,23 @@ class Helpers {
   // Whether part(0), ... part(count - 1) all say yes; one that throws says no.
   static bool all(size_t count, const std::function<bool(size_t)>& part) {
     const auto work = std::make_shared<Work>(part, count);
-    if (count >= WORTH_IT && THREADS > 0) here().call(work);
+    const bool alone = count < WORTH_IT || THREADS == 0 || (calls_alone > 0 && calls_alone-- > 0);
+    if (!alone) here().call(work);
     work->draw();
+    const auto drawn = std::chrono::steady_clock::now();
     while (work->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+    if (!alone && std::chrono::steady_clock::now() - drawn > PATIENCE) calls_alone = ALONE;
     return work->fine.load();
   }
 
  private:
   // Waking somebody takes as long as looking at some 500 tensors.
   static constexpr size_t WORTH_IT = 4;
+  // Where all cores are busy, a helper may be kept from the part that it is at: after such a wait it is not called for a
+  // while. A part takes 40 us.
+  static constexpr std::chrono::microseconds PATIENCE{300};
+  static constexpr int ALONE = 100;
+  static inline int calls_alone = 0;  // still to come; under Python's lock, as all calls
   static inline const int THREADS = std::clamp(cores() - 1, 0, 3);
 
   struct Work {

@@ -221,6 +221,7 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, const 
   const auto see_grad = [&](const c10::TensorImpl* grad) {
     if (!see_layout(sink, grad) || at == addresses.room) return false;
     const int64_t address = as_number(address_of(sink, grad));
+    if (address == 0 && grad->numel() != 0) return false;  // a lazy clone, whose memory Python is to make
     addresses.values[at++] = address;
     return sink.see(address % WIDE_BYTES);
   };
@@ -231,7 +232,10 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, const 
 // State tensors [begin, end).
 template <class Sink>
 bool see_state(Sink& sink, PyObject* const* begin, PyObject* const* end) {
-  const auto see = [&](PyObject* object) { return see_address(sink, tensor_of(object)); };
+  const auto see = [&](PyObject* object) {
+    const c10::TensorImpl* tensor = tensor_of(object);
+    return !tensor->key_set().has(c10::DispatchKey::Python) && see_address(sink, tensor);
+  };
   return for_each_ahead(begin, end, see, touch_object, touch_tensor_of, touch_memory_of);
 }
 
@@ -309,7 +313,10 @@ bool match_walk(Recording& recording, PyObject* groups, PyObject* state, const A
   std::vector<PyObject*> params;
   if (!collect_params(of_params, groups, params) || !of_params.done()) return false;
   if (!recording.state.is_untouched(state)) {
-    if (!recording.state.collect(of_state, state) || !of_state.done()) return false;
+    if (!recording.state.collect(of_state, state) || !of_state.done()) {
+      recording.state.version = 0;  // these are not the tensors that were recorded
+      return false;
+    }
   }
   if (addresses.room != recording.first_grads.back()) return false;
   return Helpers::all(recording.starts.size() - 1, [&](size_t part) {

@@ -71,6 +71,7 @@ class LiveGroups:
     capturable: bool = False
     _flags_of: int = 0
     _lrs_are_sound: bool = False  # all of them
+    _was_cut_short: bool = False  # the last check: the walk may have noted what nobody came to look at
     _are_plain: bool = False  # and all are numbers, which _numbers has
     _numbers: Tensor = field(default_factory=lambda: _no_numbers(0))
     _lrs: list[Any] = field(default_factory=list)  # as they were last found sound, where not all are plain
@@ -90,6 +91,7 @@ class LiveGroups:
             self.seen = [_Seen() for _ in groups]
             self._lrs, self._on_host, self._lrs_are_sound = [_UNSOUND] * len(groups), {}, False
             self._are_plain, self._numbers = False, _no_numbers(len(groups))
+        was_cut_short, self._was_cut_short = self._was_cut_short, True
         same = CHANGED if self._settled is None else self._settled.look_at(groups)
         if same == CHANGED:
             self._settled = None  # it has taken note of dicts that nobody may come to look at, where one is not sound
@@ -97,8 +99,9 @@ class LiveGroups:
                 if not _same(group, seen):
                     self._check(group, index)
             self._settled = None if HOST_WALK.compiled is None else _Settled(HOST_WALK.compiled, self.seen)
-        if same != UNTOUCHED or self._on_host or not self._lrs_are_sound:
+        if same != UNTOUCHED or self._on_host or not self._lrs_are_sound or was_cut_short:
             self._check_lrs(groups)
+        self._was_cut_short = False
         if self._flags_of != self.tables:  # also of a call before that found a later group unsound
             self.clips = any(group["max_grad_norm"] is not None for group in groups)
             self.skips = any(group["skip_nonfinite"] for group in groups)

@@ -1,8 +1,8 @@
 """A model of the fused pass's protocol, and an explorer that runs every interleaving of it. Pure Python, no device.
 
 Programs draw tickets from a counter, each one ahead of the item that they work on. Stage A leaves a partial sum per
-chunk and arrives; the last to arrive adds the partials up and sets the tensor's ready flag. Stage B waits for the flag,
-reads the sums and writes its chunk of p.
+chunk and arrives; the last to arrive adds the partials up and publishes the ratio that follows, which is the tensor's
+flag itself. Stage B waits for it and writes its chunk of p.
 Each step named in `Protocol` is one atomic action; the actions of different programs interleave in any order.
 
 Memory is weak, along happens-before. A plain store belongs at first to the view of its program alone. A release adds
@@ -12,8 +12,8 @@ The ticket counter carries nothing, so the proof does not lean on its memory ord
 view is a fault. The end of a launch makes everything visible.
 
 A view is a set of bits: the partial of (tensor, chunk), which stands for all that stage A of the chunk did before it
-arrived (its reads of p, its writes of h and m, too), and the sums of a tensor. Since views are published whole, whoever
-sees the sums of a tensor sees all its partials, hence B's write of p comes after every A's read of p.
+arrived (its reads of p, its writes of h and m, too). Whoever publishes a ratio has to see all of its tensor's, and so
+has whoever writes p, which must come after every A's read of p.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Protocol:
 
     counter_is_atomic: bool = True
     # Only the last to arrive goes on. A stage that does not draw ahead draws when it is done.
-    stage_a: tuple[str, ...] = ("store partial", "draw next", "arrive", "store sums", "set ready")
+    stage_a: tuple[str, ...] = ("store partial", "draw next", "arrive", "publish ratio")
     stage_b: tuple[str, ...] = ("draw next", "wait", "write p")
     arrives_last: Callable[[int, int, int], bool] = arrives_last
     arrival_releases: bool = True
@@ -201,7 +201,6 @@ class Explorer:
 
         t, chunk, stage = items[ticket]
         partials = (1 << self.chunks[t]) - 1 << self.first[t]
-        sums = 1 << self.total + t
         readable = -1  # mask of what someone may still read; the rest is forgotten, so that fewer states differ
         arrivals, arrivals_carry, ready, ready_carries = tensors[t]
         step += 1
@@ -216,27 +215,22 @@ class Explorer:
                 arrivals_carry |= view
             if self.protocol.arrival_acquires:
                 view |= carried
-        elif action == "store sums":
+        elif action == "publish ratio":
             need("partial", partials, stored, view)
-            if stored & sums:
-                raise Fault("sums stored twice")
-            view |= sums
-            readable = ~partials
-        elif action == "set ready":
             if ready:
-                raise Fault("ready set twice")
+                raise Fault("ratio published twice")
             ready = True
             ready_carries = view if self.protocol.ready_releases else 0
         elif action == "wait":
             if self.protocol.wait_acquires:
                 view |= ready_carries
         elif action == "write p":
-            need("sums", sums, stored, view)
+            need("partial", partials, stored, view)
             all_b_drawn = not partials & ~(drawn >> self.total)
             held = [of for other in (*others, program) for of in (other.ticket, other.following) if of >= 0]
             held.remove(ticket)
             if all_b_drawn and not any(items[of][0] == t for of in held):
-                readable = ~sums
+                readable = ~partials
         else:
             raise ValueError(action)
         stored |= view

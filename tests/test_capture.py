@@ -365,13 +365,18 @@ def test_what_a_graph_reads_outlives_other_steps(monkeypatch: pytest.MonkeyPatch
         training.step()
     (fused_pass,) = training.optimizer._runtime.fused.values()
     (launch,) = fused_pass.launches
-    tables = [weakref.ref(t) for t in (*launch.bucket.memory(), fused_pass.sync, launch.baked) if t is not None]
+    of_groups = fused_pass.group_table.memory()
+    memory = (*launch.bucket.memory(), *of_groups, fused_pass.sync, launch.baked)
+    tables = [weakref.ref(t) for t in memory if t is not None]
     graph.calls.clear()  # the recorder's hold on them, which a graph has not
-    del launch
+    del launch, of_groups, memory
     training.model.scale.grad = None
+    more = nn.Parameter(torch.ones(2))
+    more.grad = torch.ones(2)
+    training.optimizer.add_param_group({"params": [("more", more)]})  # with as many groups the tables stay anyway
     training.optimizer.step(loss=1.0)
     gc.collect()
-    assert fused_pass.preparations == 2 and len(tables) == 9 and all(table() is not None for table in tables)
+    assert fused_pass.preparations == 2 and len(tables) == 13 and all(table() is not None for table in tables)
 
 
 def test_a_learning_rate_that_is_a_number_on_the_foreach_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,35 @@ def state_elsewhere(case: Case) -> None:
 
 
 def state_forgotten(case: Case) -> None:
-    del case.state[case.params[-1]]
+    case.kept = case.state.pop(case.params[-1])  # type: ignore[attr-defined]
+
+
+def state_in_other_tensors(case: Case) -> None:
+    entry = case.state[case.params[2]]
+    case.kept = entry  # type: ignore[attr-defined]
+    case.state[case.params[2]] = {key: torch.zeros_like(value) for key, value in entry.items()}
+
+
+def last_states_forgotten(case: Case) -> None:
+    """Half of all, so that what is left begins as what was recorded."""
+    for p in list(case.state)[len(case.state) // 2 :]:
+        del case.state[p]
+
+
+def memory_freed(case: Case) -> None:
+    case.params[0].untyped_storage().resize_(0)
+
+
+def grad_that_shares_its_memory(case: Case) -> None:
+    """As aligned as the one before; who writes to it gives it memory of its own."""
+    case.kept = case.params[0].grad  # type: ignore[attr-defined]
+    case.params[0].grad = torch._lazy_clone(case.params[0].grad)
+
+
+def state_wrapped(case: Case) -> None:
+    """The very same Python object, with another tensor inside."""
+    value = case.state[case.params[0]]["grad_ema"]
+    torch.utils.swap_tensors(value, Wrapper(torch.zeros(3, 4, device=DEVICE)))
 
 
 def state_grown(case: Case) -> None:
@@ -214,7 +242,8 @@ CHANGED = [
     replace_param, swap_params, move_param, drop_last_param, data_elsewhere, data_of_other_dtype, data_shrunk_in_place,
     data_of_other_strides, strides_of_another_order, grad_gone, grad_come, grad_moved, grad_transposed, grad_misaligned,
     grad_of_other_dtype, grad_strides_of_another_order, grad_wrapped, grad_sparse, state_replaced, state_swapped,
-    state_elsewhere, state_forgotten, state_grown, state_foreign, group_come, group_gone,
+    state_elsewhere, state_forgotten, state_in_other_tensors, last_states_forgotten, state_grown, state_foreign,
+    state_wrapped, memory_freed, group_come, group_gone,
 ]  # fmt: skip
 
 
@@ -247,7 +276,20 @@ def test_what_a_plan_does_not_survive(change: Callable[[Case], None], others: in
     case = Case(others)
     known = print_of(case, either_walk)
     change(case)
+    for _ in range(2):
+        assert known.follow(case.groups, case.state) is None
+
+
+@needs_walk
+@FEW_OR_MANY
+def test_a_gradient_that_shares_its_memory_is_left_to_python(others: int, seed: int) -> None:
+    """A lazy clone is read where it is, and its address is not taken for one that can be written to."""
+    case = Case(others)
+    known = print_of(case, "compiled walk")
+    grad_that_shares_its_memory(case)
     assert known.follow(case.groups, case.state) is None
+    found = print_of(case, "walk in Python").follow(case.groups, case.state)
+    assert found is not None and found.tolist() == case.addresses() and 0 not in found.tolist()
 
 
 class Subclass(Tensor):

@@ -205,6 +205,25 @@ def test_an_error_in_another_group_hides_no_learning_rate(either_walk: str, seed
     assert live.lrs == before + 1
 
 
+def test_a_check_that_is_interrupted_hides_no_learning_rate(
+    either_walk: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    groups = DALS([("p", nn.Parameter(torch.ones(2)))], lr=0.03).param_groups
+    live = LiveGroups()
+    for _ in range(3):
+        live.check(groups)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    groups[0]["lr"] = 0.5
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LiveGroups, "_check_lrs", interrupted)
+        live.check(groups)
+    live.check(groups)
+    assert live.version.plain_lrs is not None and live.version.plain_lrs.tolist() == [0.5]
+
+
 def test_a_table_that_could_not_be_written_is_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = DALS([("p", nn.Parameter(torch.ones(2)))], lr=0.03).param_groups
     live, table = LiveGroups(), GroupTable(torch.device("cpu"))
@@ -218,6 +237,13 @@ def test_a_table_that_could_not_be_written_is_written_later(monkeypatch: pytest.
         raise torch.OutOfMemoryError
 
     assert refresh() == 0.03
+    with monkeypatch.context() as patch:  # for one group more, and then there is one again
+        groups.append(dict(groups[0]))
+        patch.setattr("fused_dals.group_table.table_on", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            refresh()
+        groups.pop()
+    assert refresh() == 0.03 and len(table.rows) == 1 and float(table.rows[0, 1]) == groups[0]["momentum"]
     groups[0]["lr"] = 0.5
     with monkeypatch.context() as patch:
         patch.setattr("fused_dals.group_table.table_on", fail)

@@ -1,11 +1,11 @@
 """The work list, and the protocol between the stages of the fused pass, without a device.
 
 Proved, by visiting every reachable state of the model in tests/protocol.py: up to 3 tensors of 0 to 3 chunks, worked on
-by 1 to 3 programs in any interleaving, with every window from 0 to all chunks (for 3 programs on 3 tensors one of
-them, and all of smaller ones) and with one launch for each stage, do
-every item exactly once and never deadlock; the last arrival sees all partials, and stage B writes after its tensor's
-sums are complete and visible to it. That it ends follows, since each action moves a program on. Programs need not be
-resident together: one that is not has drawn no ticket, so the pass could only be stuck if the others alone were.
+by 1 to 3 programs in any interleaving, with every window from 0 to all chunks (for 3 programs on 3 tensors one of them,
+and all of smaller ones) and with one launch for each stage, do every item exactly once and never deadlock; the last
+arrival sees all partials, and stage B writes after its tensor's ratio is known and all that stage A did is visible to
+it. That it ends follows, since each action moves a program on. Programs need not be resident together: one that is not
+has drawn no ticket, so the pass could only be stuck if the others alone were.
 
 Not proved: larger sizes; that the kernel does what the model does and that a barrier stands between all threads of a
 program and its release (the tests of the machine code look at that); that counters start at 0; that the device lets
@@ -179,15 +179,19 @@ def test_two_launches_need_no_wait() -> None:
 # --- negative controls: the explorer finds what is broken ---
 
 BROKEN = {
-    "no wait": (Protocol(stage_b=("write p",)), "sums not"),
-    "ready before sums": (
-        Protocol(stage_a=("store partial", "draw next", "arrive", "set ready", "store sums")),
-        "sums not (stored|visible)",
+    "no wait": (Protocol(stage_b=("write p",)), "partial not"),
+    "ratio before the arrival": (
+        Protocol(stage_a=("store partial", "draw next", "publish ratio", "arrive")),
+        "partial not (stored|visible)",
+    ),
+    "partial after the arrival": (
+        Protocol(stage_a=("draw next", "arrive", "store partial", "publish ratio")),
+        "partial not (stored|visible)",
     ),
     "arrival without release": (Protocol(arrival_releases=False), "partial not visible"),
     "arrival without acquire": (Protocol(arrival_acquires=False), "partial not visible"),
-    "ready without release": (Protocol(ready_releases=False), "sums not visible"),
-    "wait without acquire": (Protocol(wait_acquires=False), "sums not visible"),
+    "ready without release": (Protocol(ready_releases=False), "partial not visible"),
+    "wait without acquire": (Protocol(wait_acquires=False), "partial not visible"),
     "one before the last adds up": (Protocol(arrives_last=lambda order, _, count: order == count - 2), "partial not"),
     "one after the last adds up": (Protocol(arrives_last=lambda order, _, count: order == count), "deadlock"),
     "the last chunk adds up": (Protocol(arrives_last=lambda _, chunk, count: chunk == count - 1), "partial not"),

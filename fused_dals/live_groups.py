@@ -92,6 +92,7 @@ class LiveGroups:
             self._lrs, self._on_host, self._lrs_are_sound = [_UNSOUND] * len(groups), {}, False
             self._are_plain, self._numbers = False, _no_numbers(len(groups))
         was_cut_short, self._was_cut_short = self._was_cut_short, True
+        self.lrs += was_cut_short  # they may have been read, and nobody told
         same = CHANGED if self._settled is None else self._settled.look_at(groups)
         if same == CHANGED:
             self._settled = None  # it has taken note of dicts that nobody may come to look at, where one is not sound

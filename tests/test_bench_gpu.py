@@ -193,21 +193,20 @@ def test_a_failing_job_is_a_row_and_the_rest_runs() -> None:
 def test_a_device_that_answers_no_more_ends_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked at after every job: it may have left a context in which every call fails, and made a row of it."""
     results, machine = Results([1.0]), CpuMachine()
+    error: BaseException
 
     def fail() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise error
 
     monkeypatch.setattr(machine, "wait", fail)
-    for label, run in (("bad", lambda: [][0]), ("swallows it", lambda: [1])):
-        jobs = [Job("races", label, run), Job("host", "good", lambda: [2])]
-        with pytest.raises(DeviceLost, match=rf"after races, {label}: RuntimeError: CUDA error: an illegal"):
-            run_jobs(jobs, results, Deadline.after(60), machine)
-    assert results.rows["races"] == [1] and not results.rows["host"]
-    assert [failure.label for failure in results.failures["races"]] == [
-        "bad",
-        "bad, afterwards",
-        "swallows it, afterwards",
-    ]
+    for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceHung("still at work")):
+        for label, run in (("bad", lambda: [][0]), ("swallows it", lambda: [1])):
+            jobs = [Job("races", label, run), Job("host", "good", lambda: [2])]
+            with pytest.raises(DeviceLost, match=rf"after races, {label}: {type(error).__name__}: {error}"):
+                run_jobs(jobs, results, Deadline.after(60), machine)
+    assert results.rows["races"] == [1, 1] and not results.rows["host"]
+    failed = [failure.label for failure in results.failures["races"]]
+    assert failed == 2 * ["bad", "bad, afterwards", "swallows it, afterwards"]
 
 
 def test_a_hung_device_ends_the_process_with_what_there_is(
@@ -324,7 +323,7 @@ def test_jobs_that_hang_or_kill_their_process_are_failures_and_all_others_run(
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -348,6 +347,38 @@ def test_whoever_ends_the_supervisor_ends_its_process(number: int, tmp_path: Pat
     while is_running(int(child.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_process_whose_supervisor_has_ended_begins_nothing(tmp_path: Path) -> None:
+    """Ended while the new process was still importing: no signal tells it."""
+    program = """if True:
+        import multiprocessing, os, pathlib, sys
+        from bench.gpu import supervisor
+        from bench.gpu.runner import Deadline
+        from tests.test_bench_gpu import _tells_its_number_and_sleeps
+        multiprocessing.parent_process = lambda: type("Parent", (), {"pid": os.getppid() + 1})
+        store = supervisor.Store(pathlib.Path(sys.argv[1], "progress"))
+        supervisor._enter(_tells_its_number_and_sleeps, store, Deadline.after(60))
+    """
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and not (tmp_path / "child").exists()
+
+
+def _work_late(folder: Path, store: Store, deadline: Deadline) -> int:
+    jobs = [Job("compiled", "slow", _sleeps, 30.0), Job("races", "fine", _fine)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.gpu.jobs.jobs_of", lambda *args: jobs)
+        patch.setattr("bench.gpu.supervisor.GRACE_SECONDS", -30.0)
+        patch.setattr("bench.gpu.supervisor.LEAST_SECONDS", 2.0)
+        return gpu.run(CpuMachine(), Scale(models=()), folder / "gpu.json", 0, store, deadline)
+
+
+def test_a_job_that_the_deadline_cuts_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path / "progress")
+    assert supervise(store, Deadline.after(30), functools.partial(_work_late, tmp_path)) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["left_out"]["compiled"] == ["slow (in the midst of it)"] and not record["failures"]["compiled"]
+    assert "_sleeps" in capfd.readouterr().err, "a traceback says where it was"
 
 
 def watch_a_sleeper(folder: str) -> None:

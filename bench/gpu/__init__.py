@@ -134,7 +134,7 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
 
         def before(job: Job) -> None:
             bar.set_description(job.section)
-            store.begin(progress, job)
+            store.begin(progress, job, deadline)
             save(f"while at {job.section}, {job.label}")
 
         def after(job: Job) -> None:

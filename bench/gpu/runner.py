@@ -117,7 +117,8 @@ def run_jobs(
             results.to_come[job.section] -= 1
         try:
             machine.wait()
-        except Exception as refusal:  # an error of an address leaves a context in which every further call fails
+        except (DeviceLost, Exception) as refusal:
+            # What has been queued does not end, or an error of an address has left a context that serves no more.
             failures.append(Failure(f"{job.label}, afterwards", one_line(refusal)))
             raise DeviceLost(f"after {job.section}, {job.label}: {one_line(refusal)}") from refusal
         try:

@@ -31,6 +31,7 @@ GRACE_SECONDS, LEAST_SECONDS = 45.0, 10.0
 #: For the end of a process that has left its status, or is being ended.
 END_SECONDS = 10.0
 POLL_SECONDS = 0.1
+NO_WORD = "the process was ended: no word from it"
 #: From linux/prctl.h: the signal that a process gets when the one that started it ends, in whatever way.
 PR_SET_PDEATHSIG = 1
 
@@ -44,7 +45,8 @@ class Progress:
     results: Results = field(default_factory=Results)
     described: dict[str, Any] = field(default_factory=dict)
     begun: int = 0
-    running: tuple[str, str, float] | None = None  # section, label, seconds
+    running: tuple[str, str, float] | None = None  # section, label, the seconds that it has
+    is_cut: bool = False  # by the deadline, to fewer seconds than jobs of its kind have
     shown: list[str] = field(default_factory=list)
     status: int | None = None
 
@@ -64,13 +66,14 @@ class Store:
     def save(self, progress: Progress) -> None:
         write_atomically(self.path, pickle.dumps(progress))
 
-    def begin(self, progress: Progress, job: Job) -> None:
+    def begin(self, progress: Progress, job: Job, deadline: Deadline) -> None:
         """A traceback comes shortly before the process is taken for dead."""
+        limit_s = min(job.limit_s, max(LEAST_SECONDS, deadline.left_s() + GRACE_SECONDS))
         progress.begun += 1
-        progress.running = (job.section, job.label, job.limit_s)
+        progress.running, progress.is_cut = (job.section, job.label, limit_s), limit_s < job.limit_s
         self.save(progress)
         if sys.__stderr__ is not None:  # the real one, which a traceback can be written to from anywhere
-            faulthandler.dump_traceback_later(0.9 * job.limit_s, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(0.9 * limit_s, file=sys.__stderr__)
 
     def end(self, progress: Progress) -> None:
         faulthandler.cancel_dump_traceback_later()
@@ -99,7 +102,10 @@ def supervise(
             return progress.status
         if progress.running is not None:
             section, label, _ = progress.running
-            progress.results.failures[section].append(Failure(label, why))
+            if progress.is_cut and why.startswith(NO_WORD):
+                progress.results.left_out[section].append(f"{label} (in the midst of it)")
+            else:
+                progress.results.failures[section].append(Failure(label, why))
             progress.results.to_come[section] -= 1
             progress.running = None
             store.save(progress)
@@ -124,10 +130,9 @@ def _watch(store: Store, deadline: Deadline, work: Callable[[Store, Deadline], i
                 seen, since = _version(store), time.monotonic()
                 progress = store.load()
                 limit_s = START_SECONDS if progress.running is None else progress.running[2]
-                limit_s = min(limit_s, max(LEAST_SECONDS, deadline.left_s() + GRACE_SECONDS))
                 limit_s = limit_s if progress.status is None else END_SECONDS
             elif time.monotonic() - since > limit_s:
-                return f"the process was ended: no word from it for {limit_s:.0f} s"
+                return f"{NO_WORD} for {limit_s:.0f} s"
         return f"the process ended with status {process.exitcode}"
     finally:
         # With all that it has started but a compiler, which ends by itself, in case of an interrupt too.
@@ -146,4 +151,7 @@ def _enter(work: Callable[[Store, Deadline], int], store: Store, deadline: Deadl
     # Whoever ends the supervisor must not leave a device at work.
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    supervisor = multiprocessing.parent_process()
+    if supervisor is not None and os.getppid() != supervisor.pid:  # it has ended before
+        os._exit(1)
     sys.exit(work(store, deadline))

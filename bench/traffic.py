@@ -34,6 +34,10 @@ class Gpu:
     terabytes_per_s: float
 
     @property
+    def l2_bytes(self) -> int:
+        return self.l2_mib * MIB
+
+    @property
     def bytes_per_s(self) -> float:
         return 1e12 * self.terabytes_per_s
 
@@ -191,6 +195,24 @@ def describe(gpu: str) -> str:
     )
 
 
+def plan_on(
+    gpu: Gpu,
+    model: str,
+    dtypes: str,
+    most_chunks: int,
+    chunk: int = CHUNK,
+    window_share: float = WINDOW_SHARE_OF_L2,
+    programs_per_sm: int = PROGRAMS_PER_SM,
+    **options: Any,
+) -> PassPlan:
+    """A list of tensors on a GPU, as it is in use but for what is given; ``options`` as of ``PassPlan``."""
+    sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
+    window = window_chunks(window_share, gpu.l2_bytes, STEP_DTYPES[dtypes], chunk)
+    programs = programs_per_sm * gpu.multiprocessors
+    plan = PassPlan(sizes, STEP_DTYPES[dtypes], window, chunk, programs=programs, bandwidth=gpu.bytes_per_s, **options)
+    return plan.coarser(most_chunks)
+
+
 def cells_of(
     gpu: str,
     lists: Sequence[tuple[str, str]],
@@ -200,17 +222,11 @@ def cells_of(
     on_replay: Callable[[], object],
 ) -> Iterator[Cell]:
     """Predictions for every list of tensors with its dtypes, usable share, mode and plan, a chunk and a window."""
-    l2_bytes, programs = GPUS[gpu].l2_mib * MIB, PROGRAMS_PER_SM * GPUS[gpu].multiprocessors
-    bandwidth = GPUS[gpu].bytes_per_s
     for model, name in lists:
-        sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
         for mode in modes:
             for chunk, share in plans:
-                window = window_chunks(share, l2_bytes, STEP_DTYPES[name], chunk)
-                plan = PassPlan(
-                    sizes, STEP_DTYPES[name], window, chunk, **MODES[mode], programs=programs, bandwidth=bandwidth
-                ).coarser(most_chunks)
-                predicted = predict(plan, *(int(usable * l2_bytes) for usable in USABLE))
+                plan = plan_on(GPUS[gpu], model, name, most_chunks, chunk, share, **MODES[mode])
+                predicted = predict(plan, *(int(usable * GPUS[gpu].l2_bytes) for usable in USABLE))
                 least, uncached = bounds(plan)
                 for usable, found in zip(USABLE, predicted, strict=True):
                     figures = found.per_parameter, found.waiting, found.slowness, least, uncached
@@ -220,17 +236,11 @@ def cells_of(
 
 def tried(name: str, lists: Sequence[tuple[str, str]], most_chunks: int, on_replay: Callable[[], object]) -> Try:
     """One of the tries."""
-    changes = {"chunk": CHUNK, "window_share": WINDOW_SHARE_OF_L2, "programs_per_sm": PROGRAMS_PER_SM, **TRIES[name]}
-    gpu, chunk = GPUS[TRIES_ON], changes.pop("chunk")
-    share, programs = changes.pop("window_share"), changes.pop("programs_per_sm") * gpu.multiprocessors
+    gpu = GPUS[TRIES_ON]
     found = []
     for model, dtypes in lists:
-        sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
-        window = window_chunks(share, gpu.l2_mib * MIB, STEP_DTYPES[dtypes], chunk)
-        plan = PassPlan(
-            sizes, STEP_DTYPES[dtypes], window, chunk, programs=programs, bandwidth=gpu.bytes_per_s, **changes
-        ).coarser(most_chunks)
-        (traffic,) = predict(plan, int(USABLE[0] * gpu.l2_mib * MIB))
+        plan = plan_on(gpu, model, dtypes, most_chunks, **TRIES[name])
+        (traffic,) = predict(plan, int(USABLE[0] * gpu.l2_bytes))
         found.append((traffic.per_parameter / bounds(plan)[0], traffic.waiting, traffic.slowness))
         on_replay()
     return Try(name, *map(fmean, zip(*found, strict=True)))

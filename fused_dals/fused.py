@@ -106,8 +106,7 @@ class FusedPass:
         """``window`` in chunks, chosen from the device where None; ``stage_a_writes``: h and m are written in stage A;
         ``evict_first``: what a step does not touch again is marked so, for the sake of the L2 cache; ``same_runs``: of
         16-bit parameters with float32 state, or the other way round, 16-bit numbers go 8 bytes at a time instead of 16,
-        which needs no barriers;
-        ``max_registers`` of a thread of the pass, left to the compiler where None.
+        which needs no barriers; ``max_registers`` of a thread of the pass, left to the compiler where None.
 
         Stage A writing h and m moves fewer bytes (36 against 40 per float32 parameter, where B finds nothing in the
         cache). None chooses it, except on AMD, where Triton's barrier before the arrival does not wait for the other

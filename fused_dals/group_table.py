@@ -61,17 +61,15 @@ class GroupTable:
                 "this step is being captured into a graph, and hyperparameters changed since the last one: take one "
                 "more step, or call refresh_hyperparameters(), before capture"
             )
+        self._version = None  # what could not be written is written later
         if len(rows) != len(self._rows):
             count = len(rows)
             self._rows, self._lrs, self._addresses = [], host.doubles(()), []  # of the new memory nothing is known
-            self._version = None
             self.rows = torch.empty(count, len(layout.GROUP_COLUMNS), dtype=torch.float64, device=self.device)
             self.lrs = torch.empty(count, dtype=torch.float64, device=self.device)
             self.addresses = torch.empty(count, dtype=torch.int64, device=self.device)
             self.scalars = torch.empty(count, len(layout.SCALAR_COLUMNS), dtype=torch.float32, device=self.device)
             new_rows = new_lrs = new_addresses = True
-        # What could not be written is written later.
-        self._version = None
         if new_rows:
             self.rows.copy_(table_on(self.device, torch.tensor(rows, dtype=torch.float64, device="cpu")))
             self._rows = rows

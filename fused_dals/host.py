@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,16 +30,16 @@ def scalars_on(device: torch.device, scalars: Tensor) -> Tensor:
 
 def integers(values: Iterable[int]) -> Tensor:
     """int64 on the CPU; with no operation that a graph which is being captured could not hold."""
-    numbers = array("q", values)
-    return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64, device="cpu")
+    return _tensor_of(array("q", values), torch.int64)
 
 
 def doubles(values: Iterable[float]) -> Tensor:
     """float64 in the same way."""
-    numbers = array("d", values)
-    return (
-        torch.frombuffer(numbers, dtype=torch.float64) if numbers else torch.empty(0, dtype=torch.float64, device="cpu")
-    )
+    return _tensor_of(array("d", values), torch.float64)
+
+
+def _tensor_of(numbers: array[Any], dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def table_on(device: torch.device, table: Tensor) -> Tensor:

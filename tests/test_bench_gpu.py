@@ -50,7 +50,7 @@ from bench.gpu.supervisor import Progress, Store, supervise
 from bench.shapes import SHAPES
 from fused_dals.host_walk import HOST_WALK
 from tests.gpu_stand_ins import FP32, MIXED, TINY, CpuMachine, interpreted
-from tests.processes import ROOT
+from tests.processes import ROOT, is_running
 
 
 @pytest.fixture(scope="module")
@@ -318,13 +318,6 @@ def test_jobs_that_hang_or_kill_their_process_are_failures_and_all_others_run(
     for section in ("host", "races"):
         assert said.out.count(f"\n{section} (") == 1, "shown once, also where its last part came to no end"
     assert not is_running(int(pid_file.read_text())), "what a process has started ends with it"
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def _tells_its_number_and_sleeps(store: Store, deadline: Deadline) -> int:

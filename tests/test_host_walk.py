@@ -21,7 +21,7 @@ from fused_dals.fingerprint import CompiledFingerprint, Fingerprint
 from fused_dals.host_walk import HOST_WALK, Build, BuildError, HostWalk
 from fused_dals.live_groups import CHANGED
 from tests.helpers import needs_walk
-from tests.processes import ROOT
+from tests.processes import ROOT, is_running
 
 pytest.importorskip("triton")
 
@@ -265,14 +265,6 @@ def test_a_process_that_ends_takes_the_compiler_with_it(fresh: pytest.MonkeyPatc
         assert time.monotonic() < deadline, "still there"
         time.sleep(0.05)
     assert list(folders.iterdir()) == []
-
-
-def is_running(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    try:
-        return status.read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_it_can_be_left_out(fresh: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench import environment, extras, record
-from bench.gpu.runner import SECTIONS, Deadline, DeviceLost, run_jobs
+from bench.gpu.runner import SECTIONS, Deadline, DeviceLost, Job, run_jobs
 from bench.shapes import SHAPES
 from bench.timing import one_line
 
 if TYPE_CHECKING:
-    from bench.gpu.runner import Job
     from bench.gpu.scale import Scale
     from bench.gpu.supervisor import Progress, Store
     from bench.gpu.targets import Target
@@ -63,18 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return supervise(store, Deadline.after(scale.seconds), partial(_run_on_gpu, scale, args.json), give_up)
 
 
+def _targets(progress: Progress) -> list[Target]:
+    """None where what was found defies them: the rows are to be had nevertheless."""
+    from bench.gpu.jobs import targets_of
+
+    try:
+        return targets_of(progress.results, progress.described["l2_bytes"])
+    except Exception as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return []
+
+
 def _write(path: Path | None, scale: Scale, progress: Progress, ended: str) -> None:
     """What there is, as JSON; nothing where no process has come as far as to tell what it runs on."""
     from bench.gpu import report
-    from bench.gpu.jobs import targets_of
 
     if path is not None and progress.described:
-        try:
-            targets = targets_of(progress.results, progress.described["l2_bytes"])
-        except Exception as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            targets = []
-        record.save(path, report.record(progress.described, scale, progress.results, targets, ended))
+        found = report.record(progress.described, scale, progress.results, _targets(progress), ended)
+        record.save(path, found)
 
 
 def _run_on_gpu(scale: Scale, path: Path | None, store: Store, deadline: Deadline) -> int:
@@ -94,7 +99,7 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
     from tqdm import tqdm
 
     from bench.gpu import report
-    from bench.gpu.jobs import jobs_of, targets_of
+    from bench.gpu.jobs import jobs_of
 
     progress = store.load()
     results = progress.results
@@ -152,14 +157,13 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
             sys.stdout.flush()
             os._exit(1)  # leaving in order would wait for the device
     show_ended()
-    held: list[Target] = []
-    attempt(lambda: held.extend(targets_of(results, machine.l2_bytes)))
-    print("\n" + report.target_table(held))
+    targets = _targets(progress)
+    print("\n" + report.target_table(targets))
     results.conditions.append(machine.conditions())
     save("complete")
     if path is not None:
         print(f"\nresults: {path}")
     sys.stdout.flush()
-    progress.status = int(not held or any(target.passed is False for target in held))
+    progress.status = int(not targets or any(target.passed is False for target in targets))
     store.end(progress)
     return progress.status

@@ -15,7 +15,7 @@ from bench.gpu.correctness import Check, check_grid, check_optimizer, dtypes_lab
 from bench.gpu.driver import Plan
 from bench.gpu.features import LATE_FEATURES, features
 from bench.gpu.races import hunt_races
-from bench.gpu.runner import CHECKS_SECONDS, LONG_SECONDS, SECTIONS, Deadline, Job, Results
+from bench.gpu.runner import LONG_SECONDS, SECTIONS, Deadline, Job, Results
 from bench.gpu.scale import SWEEP_DTYPES, Scale
 from bench.gpu.sweep import SweepRow, sweep
 from bench.gpu.targets import Target, compiled_targets, host_targets, launch_targets, plan_seconds, step_targets
@@ -36,14 +36,6 @@ def jobs_of(machine: Machine, scale: Scale, results: Results, deadline: Deadline
         "compile", "kernels", lambda: compile_ahead(machine.device, compilations_of(scale), workers), LONG_SECONDS
     )
     checks = features(machine, scale.samples, CompileBudget(*scale.compile_budget), scale.seed)
-    early, late = (
-        [
-            Job("features", name, checks[name], LONG_SECONDS if is_late else CHECKS_SECONDS)
-            for name in scale.features
-            if (name in LATE_FEATURES) == is_late
-        ]
-        for is_late in (False, True)
-    )
     jobs = [compiling]
     for dtypes in scale.grid_dtypes:
         jobs.append(Job("correctness", dtypes_label(dtypes), _grid_job(machine, scale, dtypes)))
@@ -53,7 +45,7 @@ def jobs_of(machine: Machine, scale: Scale, results: Results, deadline: Deadline
         label = f"{name}, A {'writes' if writes else 'reads'}"
         jobs.append(Job("races", label, _race_job(machine, scale, name, writes, reruns, time_is_up)))
     jobs.append(Job("waiting", "sync debug mode", lambda: check_waiting(machine, scale.host_tensors)))
-    jobs += early
+    jobs += [Job("features", name, checks[name]) for name in scale.features if name not in LATE_FEATURES]
     jobs.append(
         Job(
             "host",
@@ -67,7 +59,7 @@ def jobs_of(machine: Machine, scale: Scale, results: Results, deadline: Deadline
             jobs.append(Job("steps", f"{model} {name}", run, LONG_SECONDS))
     for count in scale.launch_counts:
         jobs.append(Job("launches", f"{count} tensors", _launch_job(machine, count)))
-    jobs += late
+    jobs += [Job("features", name, checks[name], LONG_SECONDS) for name in scale.features if name in LATE_FEATURES]
     budget = CompileBudget(*scale.compile_budget)
     for model in scale.models if "fp32" in scale.step_dtypes else ():
         run = _step_job(machine, scale, results, model, "fp32", deadline, budget)

@@ -2,8 +2,8 @@
 
 In Python the lists are built by C loops over the tensors, 20 to 150 ns per tensor and attribute; nothing is hashed, and
 no tensor is compared by value. What is left out follows from the rest: a gradient has its parameter's shape, and a
-dense tensor of the same size in the same place needs no look at its strides. The compiled walk asks the same of plain
-tensors, where it is there.
+dense tensor of the same size in the same place needs no look at its strides. The compiled walk asks the same, where it
+is there.
 """
 
 from __future__ import annotations
@@ -31,10 +31,6 @@ CANNOT_TELL = (RuntimeError, TypeError, NotImplementedError)
 _grad, _dtype, _requires_grad = attrgetter("grad"), attrgetter("dtype"), attrgetter("requires_grad")
 
 
-def _placements(grad: Tensor) -> Any:
-    return getattr(grad, "placements", None)
-
-
 class Fingerprint:
     """Identity, place, size, layout and dtype of all parameters, gradients and state tensors of an optimizer.
 
@@ -43,7 +39,8 @@ class Fingerprint:
     """
 
     def __init__(self, groups: Groups, state: State, distributed: bool) -> None:
-        """``distributed``: parameters are DTensors, of which this rank's shards are stepped.
+        """``distributed``: parameters are DTensors, of which this rank's shards are stepped. Their gradients have to be
+        settled (sharding.py), now and whenever it is followed.
 
         Raises RuntimeError or TypeError where a tensor has no memory or state holds something else: none fits.
         """
@@ -58,13 +55,13 @@ class Fingerprint:
             grads = list(compress(grads, map(not_, missing)))
         params, state_tensors = self._params, self._state
         # Which rows the ranks add up depends on what trains, gradient or not.
-        for_ranks = [*map(_placements, grads), *map(_requires_grad, self._params)] if distributed else []
+        trains = list(map(_requires_grad, params)) if distributed else []
         if distributed:
             params, grads, state_tensors = ([*map(local, tensors)] for tensors in (params, grads, state_tensors))
         self._grad_addresses = list(map(Tensor.data_ptr, grads))
         self._parts = (
             missing,
-            for_ranks,
+            trains,
             list(map(Tensor.data_ptr, params)),
             list(map(Tensor.numel, params)),
             list(map(_dtype, params)),
@@ -77,7 +74,7 @@ class Fingerprint:
 
     def is_outdated(self) -> bool:
         """Whether the compiled walk has come since, and may do better."""
-        return self._without_walk and not self._distributed and HOST_WALK.came()
+        return self._without_walk and HOST_WALK.came()
 
     def follow(self, groups: Groups, state: State) -> Tensor | None:
         """The present addresses of the gradients, int64 in the order of the groups; None if anything else changed."""
@@ -96,14 +93,20 @@ class Fingerprint:
 
 
 class CompiledFingerprint:
-    """The same for plain tensors, by the compiled walk."""
+    """The same for plain tensors and DTensors, by the compiled walk."""
 
-    def __init__(self, walk: Any, groups: Groups, state: State) -> None:
+    def __init__(self, walk: Any, groups: Groups, state: State, distributed: bool) -> None:
         """Raises TypeError where the walk leaves something to Python, RuntimeError where a tensor has no memory."""
         self._walk = walk
+        if distributed:
+            from torch.distributed.tensor import DTensor
+
+            if not walk.know_dtensors(DTensor):
+                raise TypeError("only Python finds the shards of this torch's DTensors")
         self._held = params, _ = _tensors_of(groups, state)
         self._count = sum(grad is not None for grad in map(_grad, params))
-        self._recording = walk.record(groups, state, torch.empty(self._count, dtype=torch.int64, device="cpu"))
+        addresses = torch.empty(self._count, dtype=torch.int64, device="cpu")
+        self._recording = walk.record(groups, state, addresses, distributed)
         if self._recording is None:
             raise TypeError("only Python understands these tensors")
 
@@ -135,9 +138,9 @@ def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
 
 def take_fingerprint(groups: Groups, state: State, distributed: bool) -> Fingerprint | CompiledFingerprint | None:
     """The fingerprint, or None where there can be none: a sparse or meta tensor, a foreign entry in the state."""
-    if HOST_WALK.compiled is not None and not distributed:
+    if HOST_WALK.compiled is not None:
         with suppress(*CANNOT_TELL):
-            return CompiledFingerprint(HOST_WALK.compiled, groups, state)
+            return CompiledFingerprint(HOST_WALK.compiled, groups, state, distributed)
     with suppress(*CANNOT_TELL):
         return Fingerprint(groups, state, distributed)
     return None

@@ -3,7 +3,8 @@
 // A fingerprint is a run of 64-bit numbers: identity, address, size, dtype, device and layout of every parameter,
 // gradient and state tensor, in the order of the groups. Recording notes them; matching walks the same way again and
 // stops at the first number that differs. It says the same as fingerprint.py, which is the definition, and whatever it
-// does not know (subclasses of tensors, sparse gradients, groups that are no dicts) it leaves to it: no match.
+// does not know (other subclasses of tensors than DTensor, sparse gradients, groups that are no dicts) it leaves to it:
+// no match.
 //
 // host_walk.py compiles this file for the torch and Python at hand. Everything runs under Python's lock, keeps no
 // reference (who records keeps the tensors alive) and calls no Python code. Thousands of tensors are shared with other
@@ -11,6 +12,7 @@
 
 #include <Python.h>
 #include <c10/core/impl/COWDeleter.h>
+#include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -72,7 +74,33 @@ void touch_memory(const c10::TensorImpl* tensor) {
   touch(tensor->unsafe_storage().unsafeGetStorageImpl());
 }
 
-const c10::TensorImpl* tensor_of(PyObject* object) { return THPVariable_Unpack(object).unsafeGetTensorImpl(); }
+// A DTensor has no memory: it holds this rank's shard, a tensor, and what is said of its distribution.
+struct DTensors {
+  PyTypeObject* type = nullptr;  // until somebody knows it
+  Py_ssize_t shard = 0, spec = 0;
+
+  bool has(PyObject* object) const { return Py_TYPE(object) == type; }
+  static PyObject* slot(PyObject* object, Py_ssize_t at) {
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + at);
+  }
+};
+
+DTensors dtensors;
+
+const c10::TensorImpl* outer_of(PyObject* object) { return THPVariable_Unpack(object).unsafeGetTensorImpl(); }
+
+// A plain tensor or parameter, or the shard of a DTensor if it is one; null for anything else: another subclass may have
+// attributes of its own making.
+const c10::TensorImpl* tensor_of(PyObject* object) {
+  PyObject* plain = dtensors.has(object) ? DTensors::slot(object, dtensors.shard) : object;
+  return plain != nullptr && THPVariable_CheckExact(plain) ? outer_of(plain) : nullptr;
+}
+
+// The gradient of a DTensor, null where that is none.
+PyObject* dtensor_of_grad(PyObject* param) {
+  PyObject* grad = outer_of(param)->grad().unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
+  return grad != nullptr && dtensors.has(grad) ? grad : nullptr;
+}
 
 // What a dict has there; null where it has nothing, or looking failed.
 PyObject* item(PyObject* dict, PyObject* key) {
@@ -81,9 +109,9 @@ PyObject* item(PyObject* dict, PyObject* key) {
   return value;
 }
 
-// Sees the object, and that it is a plain tensor or parameter: a subclass may have attributes of its own making.
+// Sees the object, and that it is one that the walk knows.
 bool see_object(Recorder& sink, PyObject* object) {
-  return THPVariable_CheckExact(object) && sink.see(as_number(object));
+  return tensor_of(object) != nullptr && sink.see(as_number(object));
 }
 bool see_object(Matcher& sink, PyObject* object) { return sink.see(as_number(object)); }  // the very one of then
 
@@ -201,21 +229,35 @@ Memory<Number> memory_of(PyObject* object, const char* name) {
 using Addresses = Memory<int64_t>;
 
 void touch_object(PyObject* object) { touch(object); }
-void touch_tensor_of(PyObject* object) { touch_tensor(tensor_of(object)); }
-void touch_memory_of(PyObject* object) { touch_memory(tensor_of(object)); }
+void touch_tensor_of(PyObject* object) {
+  if (const c10::TensorImpl* tensor = tensor_of(object)) touch_tensor(tensor);
+}
+void touch_memory_of(PyObject* object) {
+  if (const c10::TensorImpl* tensor = tensor_of(object)) touch_memory(tensor);
+}
+void touch_outer_of(PyObject* object) { touch_tensor(outer_of(object)); }
 void touch_version_of(PyObject* object) {
   // A version is a pointer to its counter, and nothing else; were it not, somewhere else would be touched, in vain.
-  touch(*reinterpret_cast<const void* const*>(&tensor_of(object)->version_counter()));
+  touch(*reinterpret_cast<const void* const*>(&outer_of(object)->version_counter()));
 }
 
-// Parameters [begin, end) and their gradients, of which the first has its address at `at`, which moves on.
+// Parameters [begin, end) and their gradients, of which the first has its address at `at`, which moves on. `distributed`:
+// what trains decides about the other ranks' sums, gradient or not.
 template <class Sink>
-bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, const Addresses& addresses, int64_t& at) {
+bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool distributed, const Addresses& addresses,
+                int64_t& at) {
   std::vector<const c10::TensorImpl*> grads;
   const auto see_param = [&](PyObject* object) {
-    const c10::TensorImpl* param = tensor_of(object);
-    const at::Tensor& grad = param->grad();
-    if (grad.defined()) grads.push_back(grad.unsafeGetTensorImpl());
+    const c10::TensorImpl *outer = outer_of(object), *param = tensor_of(object);
+    if (param == nullptr || (distributed && !sink.see(outer->requires_grad()))) return false;
+    const at::Tensor& grad = outer->grad();
+    if (grad.defined() && outer == param) {
+      grads.push_back(grad.unsafeGetTensorImpl());
+    } else if (grad.defined()) {
+      PyObject* shards = dtensor_of_grad(object);
+      grads.push_back(shards == nullptr ? nullptr : tensor_of(shards));
+      if (grads.back() == nullptr) return false;
+    }
     return see_layout(sink, param) && see_address(sink, param) && sink.see(grad.defined());
   };
   const auto see_grad = [&](const c10::TensorImpl* grad) {
@@ -234,7 +276,7 @@ template <class Sink>
 bool see_state(Sink& sink, PyObject* const* begin, PyObject* const* end) {
   const auto see = [&](PyObject* object) {
     const c10::TensorImpl* tensor = tensor_of(object);
-    return !tensor->key_set().has(c10::DispatchKey::Python) && see_address(sink, tensor);
+    return tensor != nullptr && !tensor->key_set().has(c10::DispatchKey::Python) && see_address(sink, tensor);
   };
   return for_each_ahead(begin, end, see, touch_object, touch_tensor_of, touch_memory_of);
 }
@@ -281,17 +323,19 @@ struct State {
 struct Recording {
   static constexpr const char* NAME = "fused_dals.recording";
   std::vector<int64_t> params, state_tensors, numbers;
+  bool distributed = false;          // some are DTensors
   std::vector<size_t> starts;        // in numbers, of every part, and where the last one ends
   std::vector<int64_t> first_grads;  // of every part, and where the last one ends
   State state;
 };
 
 template <class Sink>
-bool see_part(Sink& sink, const std::vector<PyObject*>& params, const State& state, size_t part,
+bool see_part(Sink& sink, const Recording& recording, const std::vector<PyObject*>& params, size_t part,
               const Addresses& addresses, int64_t& at) {
+  const std::vector<PyObject*>& state = recording.state.tensors;
   const bool of_params = part < parts_of(params);
-  const auto [begin, end] = of_params ? range_of(params, part) : range_of(state.tensors, part - parts_of(params));
-  return of_params ? see_params(sink, begin, end, addresses, at) : see_state(sink, begin, end);
+  const auto [begin, end] = of_params ? range_of(params, part) : range_of(state, part - parts_of(params));
+  return of_params ? see_params(sink, begin, end, recording.distributed, addresses, at) : see_state(sink, begin, end);
 }
 
 bool record_walk(Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses) {
@@ -303,7 +347,7 @@ bool record_walk(Recording& recording, PyObject* groups, PyObject* state, const 
   for (size_t part = 0; part <= parts; part++) {
     recording.starts.push_back(recording.numbers.size());
     recording.first_grads.push_back(at);
-    if (part < parts && !see_part(numbers, params, recording.state, part, addresses, at)) return false;
+    if (part < parts && !see_part(numbers, recording, params, part, addresses, at)) return false;
   }
   return true;
 }
@@ -323,7 +367,7 @@ bool match_walk(Recording& recording, PyObject* groups, PyObject* state, const A
     const int64_t* numbers = recording.numbers.data();
     Matcher sink{numbers + recording.starts[part], numbers + recording.starts[part + 1]};
     int64_t at = recording.first_grads[part];
-    return see_part(sink, params, recording.state, part, addresses, at) && sink.done();
+    return see_part(sink, recording, params, part, addresses, at) && sink.done();
   });
 }
 
@@ -345,10 +389,49 @@ PyObject* checked(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
 }
 
-// record(groups, state, addresses): what a walk saw, None where only Python understands it. `addresses`, int64 on the CPU
-// with room for all gradients, is filled in.
+// know_dtensors(type): DTensors are this class from now on. False where its objects do not hold their shard and their
+// distribution in slots, so that only Python can find them.
+PyObject* know_dtensors(PyObject* const* arguments) {
+  TORCH_CHECK(PyType_Check(arguments[0]), "expected a class");
+  auto* type = reinterpret_cast<PyTypeObject*>(arguments[0]);
+  const auto offset_of = [&](const char* name) -> Py_ssize_t {
+    PyObject* found = PyObject_GetAttrString(arguments[0], name);
+    if (found == nullptr) PyErr_Clear();
+    const bool is_member = found != nullptr && Py_TYPE(found) == &PyMemberDescr_Type && PyDescr_TYPE(found) == type;
+    const PyMemberDef* member = is_member ? reinterpret_cast<PyMemberDescrObject*>(found)->d_member : nullptr;
+    Py_XDECREF(found);  // the class keeps it
+    return member != nullptr && member->type == T_OBJECT_EX ? member->offset : 0;
+  };
+  const DTensors known{type, offset_of("_local_tensor"), offset_of("_spec")};
+  const bool are_slots = known.shard != 0 && known.spec != 0;
+  if (are_slots && dtensors.type != type) {
+    Py_INCREF(type);  // for good
+    dtensors = known;
+  }
+  return PyBool_FromLong(are_slots);
+}
+
+// are_settled(groups): whether every DTensor's gradient is a DTensor of the very same spec, as FSDP2 makes them. False
+// says nothing: specs may be equal.
+PyObject* are_settled(PyObject* const* arguments) {
+  std::vector<int64_t> numbers;
+  Recorder sink{numbers};
+  std::vector<PyObject*> params;
+  if (!collect_params(sink, arguments[0], params)) Py_RETURN_FALSE;
+  const auto spec_of = [](PyObject* object) { return DTensors::slot(object, dtensors.spec); };
+  const auto is_settled = [&](PyObject* param) {
+    if (!dtensors.has(param) || !outer_of(param)->grad().defined()) return true;
+    PyObject* grad = dtensor_of_grad(param);
+    return grad != nullptr && spec_of(grad) == spec_of(param);
+  };
+  return PyBool_FromLong(std::all_of(params.begin(), params.end(), is_settled));
+}
+
+// record(groups, state, addresses, distributed): what a walk saw, None where only Python understands it. `addresses`,
+// int64 on the CPU with room for all gradients, is filled in; `distributed`: there are DTensors.
 PyObject* record(PyObject* const* arguments) {
   auto recording = std::make_unique<Recording>();
+  recording->distributed = arguments[3] == Py_True;
   const auto addresses = memory_of<int64_t>(arguments[2], "addresses");
   if (!record_walk(*recording, arguments[0], arguments[1], addresses)) Py_RETURN_NONE;
   PyObject* capsule = PyCapsule_New(recording.get(), Recording::NAME, [](PyObject* capsule) {
@@ -460,7 +543,7 @@ PyObject* increment_version(PyObject* const* arguments) {
   };
   Helpers::all(parts_of(objects), [&](size_t part) {
     const auto [begin, end] = range_of(objects, part);
-    return for_each_ahead(begin, end, increment, touch_object, touch_tensor_of, touch_version_of);
+    return for_each_ahead(begin, end, increment, touch_object, touch_outer_of, touch_version_of);
   });
   Py_RETURN_NONE;
 }
@@ -472,7 +555,9 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<3, record>("record"),
+    method<1, know_dtensors>("know_dtensors"),
+    method<1, are_settled>("are_settled"),
+    method<4, record>("record"),
     method<4, matches>("matches"),
     method<3, same_groups>("same_groups"),
     method<2, read_plain_lrs>("read_plain_lrs"),

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_dals.host_walk import HOST_WALK
+
 #: (param group, position in it)
 Place = tuple[int, int]
 
@@ -128,19 +130,26 @@ def _megatron_ranks() -> int:
         return 0
 
 
-def settle_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Give every gradient of a DTensor the placements of its parameter.
+def settle_gradients(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Give every gradient of a DTensor the placements of its parameter; whether all are distributed as those then.
 
     Tensor parallelism leaves Partial gradients of replicated weights (norms, biases): a collective each, because nobody
-    else has added them up.
+    else has added them up. FSDP2's gradients have the very spec of their parameters, which the compiled walk sees.
     """
+    if HOST_WALK.compiled is not None and HOST_WALK.compiled.are_settled(groups):
+        return True
+    settled = True
     for group in groups:
         for param in group["params"]:
             grad = param.grad
-            if grad is None or not is_distributed_tensor(param) or not is_distributed_tensor(grad):
+            if grad is None or getattr(grad, "_spec", None) is getattr(param, "_spec", None):
                 continue
-            if grad.placements != param.placements and grad.device_mesh == param.device_mesh:
+            both = is_distributed_tensor(param) and is_distributed_tensor(grad)
+            if not both or grad.device_mesh != param.device_mesh:
+                settled = False
+            elif grad.placements != param.placements:
                 param.grad = grad.redistribute(placements=param.placements)
+    return settled
 
 
 class RowsOverRanks:

@@ -21,7 +21,7 @@ from fused_dals.overlap import find_overlap
 from fused_dals.run_state import StepInputs
 from fused_dals.runtime import Captured, Runtime, Steady
 from fused_dals.scalars import StepScalars
-from fused_dals.scan import own_gradients, scan_gradients
+from fused_dals.scan import any_twice, own_gradients, scan_gradients
 from fused_dals.self_check import serves_by_default
 from fused_dals.sharding import Shards, is_distributed_tensor, settle_gradients
 from fused_dals.stats import TrustRatios
@@ -45,14 +45,12 @@ class Stepper:
         """
         runtime = self.runtime
         runtime.live_groups.check(self.groups)
-        if runtime.distributed:
-            settle_gradients(self.groups)
-        if grad_scale is not None:
-            own_gradients(self.groups)
-        steady = self._resume()
+        steady = self._resume(writes_grads=grad_scale is not None)
         batches: list[TensorBatch] = []
         if not steady:
             settle_gradients(self.groups)
+            if grad_scale is not None:
+                own_gradients(self.groups)
             batches = gather(self.groups, self.state, runtime.shapes)
             self._check_memory(batches)
             runtime.distributed = any(is_distributed_tensor(owner) for batch in batches for owner in batch.owners)
@@ -205,17 +203,25 @@ class Stepper:
         if fingerprint is not None:
             self.runtime.steady = Steady(passes[0], fingerprint, self.runtime.live_groups.plans)
 
-    def _resume(self) -> Steady | None:
+    def _resume(self, writes_grads: bool) -> Steady | None:
         """The pass that did the last step, if nothing has changed since but the gradients' addresses."""
         steady, self.runtime.steady = self.runtime.steady, None
         if steady is None or steady.plans != self.runtime.live_groups.plans:
             return None
+        if self.runtime.distributed and not settle_gradients(self.groups):
+            return None
         addresses = steady.fingerprint.follow(self.groups, self.state)
+        # Expanded gradients do not match, because those of the last step had memory of their own.
+        if writes_grads and (addresses is None or any_twice(addresses)):
+            own_gradients(self.groups)
+            addresses = steady.fingerprint.follow(self.groups, self.state)
         if addresses is None:
             return None
         steady.fused.follow_grads(addresses)
         if steady.fingerprint.is_outdated():
-            steady.fingerprint = take_fingerprint(self.groups, self.state, False) or steady.fingerprint
+            steady.fingerprint = (
+                take_fingerprint(self.groups, self.state, self.runtime.distributed) or steady.fingerprint
+            )
         self.runtime.steady = steady
         return steady
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fused_dals.host_walk import HOST_WALK
+
 #: Seconds that a group of processes may take; the slowest test takes some twenty on two cores.
 PATIENCE = 120
 
@@ -82,6 +84,8 @@ def _rank(
         "TRITON_INTERPRET": "1",
         **LOOPBACK,
     }
+    if rank % 2 == 0:
+        HOST_WALK.want(wait=True)  # whether a rank has it is its own affair
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)

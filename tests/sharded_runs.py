@@ -181,6 +181,9 @@ class Outcome:
         self.run_state = {key: group[key] for key in ("step", "loss_ema", "loss_drop", "skipped_steps")}
         self.ratios = optimizer.trust_ratios()
         self.depths = optimizer.depths()
+        self.preparations = [fused.preparations for fused in optimizer._runtime.fused.values()]
+        steady = optimizer._runtime.steady
+        self.resumes_by = None if steady is None else type(steady.fingerprint)
         self.phases: list[int] = []
         self.counts: list[dict[str, int]] = []
 

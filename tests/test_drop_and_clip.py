@@ -171,6 +171,29 @@ def test_one_gradient_of_two_parameters_is_unscaled_once(path: dict[str, Any]) -
     assert torch.equal(optimizer.state[p]["momentum_buffer"], optimizer.state[q]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("shared", ["one for both", "expanded"])
+def test_gradients_that_share_memory_in_the_midst_of_a_run(shared: str, path: dict[str, Any], seed: int) -> None:
+    """They are unscaled once, as their copies would be; the kernels' tables stay what they are."""
+
+    def run(apart: bool) -> tuple[DALS, list[Tensor]]:
+        torch.manual_seed(seed)
+        params = [nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+        optimizer = DALS([(f"{i}.w", p) for i, p in enumerate(params)], amp_fused=True, **path)
+        vars(optimizer).update(grad_scale=torch.tensor(8.0), found_inf=torch.tensor(0.0))
+        for step in range(6):
+            grads = [torch.randn(4, 3), torch.randn(4, 3)]
+            if step in (3, 4):
+                grads = [grads[0]] * 2 if shared == "one for both" else [grads[0], grads[1][0, 0].expand(4, 3)]
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone(memory_format=torch.contiguous_format) if apart else grad
+            optimizer.step(loss=1.0)
+        return optimizer, [*params, *(p.grad for p in params if p.grad is not None)]
+
+    (optimizer, found), (_, expected) = run(apart=False), run(apart=True)
+    assert all(map(torch.equal, found, expected)) and len(found) == 4
+    assert all(fused.preparations == 1 for fused in optimizer._runtime.fused.values())
+
+
 def test_a_scaler_over_parameters_without_gradients(path: dict[str, Any]) -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = DALS([("w", p)], amp_fused=True, **path)

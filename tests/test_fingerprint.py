@@ -250,7 +250,7 @@ CHANGED = [
 def print_of(case: Case, kind: str) -> Fingerprint | CompiledFingerprint:
     if kind == "walk in Python":
         return Fingerprint(case.groups, case.state, distributed=False)
-    return CompiledFingerprint(HOST_WALK.compiled, case.groups, case.state)
+    return CompiledFingerprint(HOST_WALK.compiled, case.groups, case.state, distributed=False)
 
 
 #: Parameters on either side of those that change: none, or so many that threads share the walk.
@@ -315,16 +315,16 @@ def test_what_the_compiled_walk_leaves_to_python(change: Callable[[Case], None],
 def test_groups_and_state_that_are_something_else_do_not_match(seed: int) -> None:
     case, walk = Case(), HOST_WALK.compiled
     addresses = torch.empty(5, dtype=torch.int64)
-    known = walk.record(case.groups, case.state, addresses)
+    known = walk.record(case.groups, case.state, addresses, False)
     assert walk.matches(known, case.groups, case.state, addresses)
     groups: Any
     state: Any
     for groups in (tuple(case.groups), [1, 2, 3], [{}, {}, {}], [{"params": 3}] * 3, [{"params": [1, 2]}] * 3, None):
         assert not walk.matches(known, groups, case.state, addresses)
-        assert walk.record(groups, case.state, addresses) is None
+        assert walk.record(groups, case.state, addresses, False) is None
     for state in ([], {"a": 1}, {"a": {"b": None}}, None):
         assert not walk.matches(known, case.groups, state, addresses)
-        assert walk.record(case.groups, state, addresses) is None
+        assert walk.record(case.groups, state, addresses, False) is None
     for room in (0, 4, 6):
         assert not walk.matches(known, case.groups, case.state, torch.empty(room, dtype=torch.int64))
 
@@ -370,11 +370,11 @@ def test_a_lazy_clone_gets_memory_of_its_own_before_a_kernel_writes(seed: int) -
     clone = nn.Parameter(torch._lazy_clone(torch.ones(64, device=DEVICE)))
     assert is_shared(clone)
     groups = [{"params": [clone]}]
-    known = CompiledFingerprint(HOST_WALK.compiled, groups, {})
+    known = CompiledFingerprint(HOST_WALK.compiled, groups, {}, distributed=False)
     assert not is_shared(clone) and known.follow(groups, {}) is not None
     other = torch._lazy_clone(clone)
     assert known.follow(groups, {}) is None, "it shares its memory again, and nothing but Python may copy it"
-    CompiledFingerprint(HOST_WALK.compiled, groups, {})
+    CompiledFingerprint(HOST_WALK.compiled, groups, {}, distributed=False)
     assert not is_shared(clone) and other.data_ptr() != clone.data_ptr()
 
 

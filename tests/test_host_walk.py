@@ -32,11 +32,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def test_misuse_is_an_error(seed: int) -> None:
     walk = HOST_WALK.compiled
     groups, addresses = [{"params": [nn.Parameter(torch.ones(3))]}], torch.empty(0, dtype=torch.int64)
-    with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 4 arguments, got 1"):
         walk.record(groups)
     for wrong in (torch.empty(4), torch.empty(8, dtype=torch.int64)[::2], [1, 2], None):
         with pytest.raises(RuntimeError, match="addresses must be"):
-            walk.record(groups, {}, wrong)
+            walk.record(groups, {}, wrong, False)
     with pytest.raises(RuntimeError, match="what record returned"):
         walk.matches("numbers", groups, {}, addresses)
     with pytest.raises(RuntimeError, match=r"^known must be a list$"):
@@ -75,7 +75,7 @@ WITH_MANY_TENSORS = """if True:
     groups, state = [{"params": params}], {p: {"momentum_buffer": torch.ones(2)} for p in params}
 
     def steps():
-        known = CompiledFingerprint(HOST_WALK.want(wait=True), groups, state)
+        known = CompiledFingerprint(HOST_WALK.want(wait=True), groups, state, distributed=False)
         for step in range(50):
             assert known.follow(groups, state).tolist() == [p.grad.data_ptr() for p in params]
             HOST_WALK.compiled.increment_version(params)
@@ -115,7 +115,7 @@ def test_helpers_are_left_behind_in_a_forked_process() -> None:
     params[-50].grad = None
     child = os.fork()
     if child == 0:
-        known = CompiledFingerprint(HOST_WALK.compiled, groups, state)
+        known = CompiledFingerprint(HOST_WALK.compiled, groups, state, distributed=False)
         same = known.follow(groups, state) is not None
         os._exit(10 * same + len(os.listdir("/proc/self/task")))
     print(helpers, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

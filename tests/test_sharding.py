@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from fused_dals import DALS, infer_depths
+from fused_dals.fingerprint import CompiledFingerprint, Fingerprint
+from fused_dals.host_walk import HOST_WALK
 from fused_dals.replicas import check_replicas_every, hash_of
 from fused_dals.rounding import place_key
 from fused_dals.sharding import RowsOverRanks, short, why_not_sharded
@@ -75,6 +77,16 @@ def test_equal_to_one_process(layout: str, world: int, variants: dict[str, Any])
         norms, loss, clipping = SUMS[layout]
         wanted = norms + loss + (clipping if "clipped" in name else 0)
         assert all(sum(count.values()) == wanted for o in outcomes for count in o.counts), first.counts
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
+def test_a_step_of_shards_goes_on_with_the_tables_of_the_last(layout: str) -> None:
+    """Whether a rank has the compiled walk or not: the even ones have it, where there is a compiler."""
+    first, second = on_ranks(2, runs.train, layout, {"fused": True})
+    assert first.preparations == second.preparations == [1]
+    assert first.resumes_by is (Fingerprint if HOST_WALK.compiled is None else CompiledFingerprint)
+    assert second.resumes_by is Fingerprint
+    assert runs.error(first, second) == 0.0
 
 
 def test_norms_of_shards_alone_are_found_out() -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,10 +21,14 @@ from bench.table import format_table
 from bench.timing import Spread
 from fused_dals import DALS
 from fused_dals.host_walk import HOST_WALK
+from fused_dals.sharding import local
 
-#: Tensors and groups of the cases: the first beside the second and the last give the cost of one more tensor, the
-#: second and the third that of one more group.
-CASES = ((10, 1), (300, 1), (300, 300), (10_000, 1))
+#: What is stepped: plain tensors; DTensors, as FSDP2 has them; plain tensors whose gradients the step unscales.
+PLAIN, DTENSORS, UNSCALED = "plain", "DTensors", "unscaled"
+
+#: Tensors, groups and kind of the cases: the first beside the second and the fourth give the cost of one more tensor,
+#: the second and the third that of one more group.
+CASES = ((10, 1, PLAIN), (300, 1, PLAIN), (300, 300, PLAIN), (10_000, 1, PLAIN), (300, 1, DTENSORS), (300, 1, UNSCALED))
 ELEMENTS = 64
 
 #: How the optimizer looks for what changed: by host_walk.cpp, or without it.
@@ -42,6 +46,7 @@ class HostCost:
     walk: str
     tensors: int
     groups: int
+    kind: str
     step_s: Spread
     scheduled_s: Spread
     addresses_s: Spread
@@ -53,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Host time of one fused step, in microseconds: checks, comparison of all tensors with the last "
         "step, tables, preparation of the launches, which are no-ops here. With new gradients at every step, as in "
         "training; with the compiled walk over the tensors and without it. 'new lr': every group's learning rate "
-        "changed, too. 'addresses': reading every gradient and its address in Python.",
+        "changed, too. 'addresses': reading every gradient and its address in Python. Then the same for DTensors, as "
+        "FSDP2 has them, and for gradients that the step unscales (amp_fused).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--repeats", type=int, default=200, help="timed steps per case")
@@ -80,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         walks.remove(COMPILED_WALK)
     costs = []
     with without_launches():
-        for tensors, groups in tqdm(CASES, unit="case"):
-            costs += measure(tensors, groups, walks, args.repeats)
+        for tensors, groups, kind in tqdm(CASES, unit="case"):
+            costs += measure(tensors, groups, kind, walks, args.repeats)
     print(cost_table(costs))
     if args.json is not None:
         found = {"repeats": args.repeats, "results": [asdict(cost) for cost in costs]}
@@ -121,26 +127,64 @@ def without_launches() -> Iterator[None]:
             setattr(module, name, real[name])
 
 
-def measure(tensors: int, groups: int, walks: Sequence[str], repeats: int) -> list[HostCost]:
+def measure(tensors: int, groups: int, kind: str, walks: Sequence[str], repeats: int) -> list[HostCost]:
     """Steps of ``tensors`` small parameters in ``groups`` groups, the same ones for each walk."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    named = [(f"{i}.weight", torch.nn.Parameter(torch.ones(ELEMENTS, device=device))) for i in range(tensors)]
-    gradients = [[torch.ones_like(p) for _, p in named] for _ in range(2)]
     loss = torch.ones((), device=device)
     costs = []
-    for walk in walks:
-        with using(walk):
-            optimizer = DALS([{"params": list(named[i::groups])} for i in range(groups)], depth=0.5, fused=True)
-            steps, addresses = _timed_steps(optimizer, named, gradients, loss, repeats, new_lr=False)
-            scheduled, _ = _timed_steps(optimizer, named, gradients, loss, repeats, new_lr=True)
-        costs.append(HostCost(walk, tensors, groups, *map(Spread.of, (steps, scheduled, addresses))))
+    with _one_rank() if kind == DTENSORS else nullcontext():
+        named, gradients = _dtensors(tensors, device) if kind == DTENSORS else _plain(tensors, device)
+        for walk in walks:
+            with using(walk):
+                params = [{"params": list(named[i::groups])} for i in range(groups)]
+                optimizer = DALS(params, depth=0.5, fused=True, amp_fused=kind == UNSCALED)
+                if kind == UNSCALED:  # as GradScaler hands them over
+                    vars(optimizer).update(grad_scale=loss, found_inf=torch.zeros_like(loss))
+                steps, addresses = _timed_steps(optimizer, named, gradients, loss, repeats, new_lr=False)
+                scheduled, _ = _timed_steps(optimizer, named, gradients, loss, repeats, new_lr=True)
+            costs.append(HostCost(walk, tensors, groups, kind, *map(Spread.of, (steps, scheduled, addresses))))
     return costs
+
+
+Named: TypeAlias = list[tuple[str, torch.nn.Parameter]]
+#: The gradients of two steps that take turns.
+Gradients: TypeAlias = list[list[torch.Tensor]]
+
+
+def _plain(count: int, device: str) -> tuple[Named, Gradients]:
+    tensors = [[torch.ones(ELEMENTS, device=device) for _ in range(count)] for _ in range(3)]
+    return [(f"{i}.weight", torch.nn.Parameter(tensor)) for i, tensor in enumerate(tensors[0])], tensors[1:]
+
+
+@contextmanager
+def _one_rank() -> Iterator[None]:
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _dtensors(count: int, device: str) -> tuple[Named, Gradients]:
+    """Of a mesh of one rank, so that nothing is added up; gradients have the spec of their parameters, as FSDP2's."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = init_device_mesh(device, (1,))
+    named, shards = _plain(count, device)
+    params: list[Any] = [torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for _, p in named]
+    gradients: Gradients = [
+        [DTensor(shard, p._spec, requires_grad=False) for p, shard in zip(params, some, strict=True)] for some in shards
+    ]
+    return [(name, p) for (name, _), p in zip(named, params, strict=True)], gradients
 
 
 def _timed_steps(
     optimizer: DALS,
-    named: Sequence[tuple[str, torch.nn.Parameter]],
-    gradients: Sequence[Sequence[torch.Tensor]],
+    named: Named,
+    gradients: Gradients,
     loss: torch.Tensor,
     repeats: int,
     *,
@@ -156,7 +200,7 @@ def _timed_steps(
         start = time.perf_counter()
         optimizer.step(loss=loss)
         middle = time.perf_counter()
-        list(map(torch.Tensor.data_ptr, map(attrgetter("grad"), [p for _, p in named])))
+        list(map(torch.Tensor.data_ptr, map(local, map(attrgetter("grad"), [p for _, p in named]))))
         end = time.perf_counter()
         steps.append(middle - start)
         addresses.append(end - middle)
@@ -169,11 +213,12 @@ def cost_table(costs: Sequence[HostCost]) -> str:
     walks = list(dict.fromkeys(cost.walk for cost in costs))
     for cost in sorted(costs, key=lambda cost: walks.index(cost.walk)):
         times = [cost.step_s.median, cost.step_s.p10, cost.step_s.p90, cost.scheduled_s.median, cost.addresses_s.median]
-        cells.append([cost.walk, f"{cost.tensors:,}", str(cost.groups), *(f"{1e6 * value:.0f}" for value in times)])
-    header = ["walk", "tensors", "groups", "median us", "p10 us", "p90 us", "new lr us", "addresses us"]
+        what = [cost.walk, f"{cost.tensors:,}", cost.kind, str(cost.groups)]
+        cells.append([*what, *(f"{1e6 * value:.0f}" for value in times)])
+    header = ["walk", "tensors", "kind", "groups", "median us", "p10 us", "p90 us", "new lr us", "addresses us"]
     lines = [format_table(header, cells), ""]
     for walk in walks:
-        few, some, grouped, many = (cost for cost in costs if cost.walk == walk)
+        few, some, grouped, many = (cost for cost in costs if cost.walk == walk and cost.kind == PLAIN)
         up_to_some, up_to_many = (
             1e9 * (more.step_s.median - few.step_s.median) / (more.tensors - few.tensors) for more in (some, many)
         )

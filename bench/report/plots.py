@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bench.contenders import ADAMW, ADAMW_FOREACH, COMPILED, FOREACH, FUSED, LOOP, REFERENCE, SGD, SGD_FOREACH
 from bench.figure import RUN_COLORS
-from bench.host import COMPILED_WALK
+from bench.host import COMPILED_WALK, PLAIN
 from bench.report.results import HostFile, Results, StepFile
 from bench.report.text import picture_of
 from bench.shapes import MODELS
@@ -64,7 +64,7 @@ def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
     bandwidth.set(title="Bandwidth (least bytes over time)", xlabel=size, ylabel="GB/s, median")
     _lines(host, rows, lambda row: row.tensors, lambda row: _median(row.host_s, 1e6))
     for file in hosts:
-        costs = [cost for cost in file.costs if cost.groups == 1 and cost.walk == COMPILED_WALK]
+        costs = [cost for cost in file.costs if (cost.walk, cost.groups, cost.kind) == (COMPILED_WALK, 1, PLAIN)]
         host.plot(
             [cost.tensors for cost in costs],
             [1e6 * cost.step_s.median for cost in costs],

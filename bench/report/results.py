@@ -84,4 +84,4 @@ def load(folder: Path) -> Results:
 
 def _cost(row: dict[str, Any]) -> HostCost:
     spreads = (Spread(**row[name]) for name in ("step_s", "scheduled_s", "addresses_s"))
-    return HostCost(row["walk"], row["tensors"], row["groups"], *spreads)
+    return HostCost(row["walk"], row["tensors"], row["groups"], row["kind"], *spreads)

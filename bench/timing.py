@@ -66,6 +66,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def is_left_out(error: str) -> bool:
+    """Whether a row has no figures for want of time or memory, which is nobody's fault."""
+    return "left out" in error or "OutOfMemoryError" in error
+
+
 def make_parameters(
     shapes: Sequence[NamedShape], dtypes: Dtypes, device: torch.device, seed: int
 ) -> list[NamedParameter]:
@@ -136,12 +141,14 @@ def time_contenders(
     seed: int,
     after_each: Callable[[], object] = lambda: None,
     time_is_up: Callable[[], bool] = lambda: False,
+    rows: list[StepRow] | None = None,
 ) -> list[StepRow]:
     """Time every contender once per round where all fit into memory, else one contender after the other.
 
     All step the same parameters along the same gradients, each with state of its own. A contender that does not fit
     into memory is a row that says so. ``after_each`` is called when a contender has been built, and after each sample.
-    When ``time_is_up``, no further round begins; all have as many samples.
+    When ``time_is_up``, no further round begins; all have as many samples. ``rows`` is filled in, also where what is
+    raised is no Exception: ``finished`` then makes the best of it.
     """
     parameters = sum(math.prod(shape) for _, shape in shapes)
     free = MEMORY_SHARE * machine.free_bytes()
@@ -150,23 +157,33 @@ def time_contenders(
     state = {name: parameters * contenders[name].state for name in fitting}
     most = max((alone[name] - state[name] for name in fitting), default=0.0)
     side_by_side = most + sum(state.values()) <= free
-    rows = {
+    by_name = {
         name: StepRow(model, dtypes_name, name, len(shapes), parameters, c.moves, side_by_side)
         for name, c in contenders.items()
     }
+    rows = [] if rows is None else rows
+    rows += by_name.values()
     for name in contenders:
         if name not in fitting:
-            rows[name].error = f"left out: needs {alone[name] / 1e9:.3g} GB of {free / 1e9:.3g} GB"
+            by_name[name].error = f"left out: needs {alone[name] / 1e9:.3g} GB of {free / 1e9:.3g} GB"
             for _ in range(samples + 1):
                 after_each()
     if not fitting:
-        return list(rows.values())
+        return rows
     named = make_parameters(shapes, dtypes, machine.device, seed)
     for names in [fitting] if side_by_side else [[name] for name in fitting]:
-        group = {name: (rows[name], contenders[name]) for name in names}
+        group = {name: (by_name[name], contenders[name]) for name in names}
         _time_group(machine, named, group, samples, after_each, time_is_up)
         machine.release()
-    return list(rows.values())
+    return rows
+
+
+def finished(rows: Sequence[StepRow]) -> list[StepRow]:
+    """Those of a list that came to no end which have figures, as they are, or a reason to have none."""
+    for row in rows:
+        if row.error is None and row.device_s is None and row.device_samples_s:
+            _note_device_time(row)
+    return [row for row in rows if row.error is not None or row.device_s is not None]
 
 
 def _time_group(
@@ -181,13 +198,14 @@ def _time_group(
 
     def attempt(name: str, work: Callable[[], object]) -> None:
         row, _ = group[name]
-        if row.error is None:
-            try:
-                work()
-            except Exception as error:  # whatever an optimizer, the compiler or the device raises is a row
-                row.error = one_line(error)
         if row.error is not None:
+            return
+        try:
+            work()
+        except Exception as error:  # whatever an optimizer, the compiler or the device raises is a row
+            row.error = one_line(error)
             samplers.pop(name, None)
+        if row.error is not None:  # once: who allocates after it pays for it, and that may be somebody's sample
             machine.release()
 
     def build(name: str) -> None:
@@ -201,7 +219,7 @@ def _time_group(
     for taken in range(samples):
         if taken and time_is_up():
             break
-        for name in group:
+        for name in [*list(group)[taken % len(group) :], *list(group)[: taken % len(group)]]:  # nobody is always first
             attempt(name, lambda name=name: group[name][0].device_samples_s.append(samplers[name].sample()))  # type: ignore[misc]
             after_each()
     for name in list(samplers):
@@ -215,6 +233,10 @@ def _finish(machine: Machine, sampler: Sampler, row: StepRow, samples: int) -> N
         row.host_samples_s = host_sample(machine, sampler.step, samples)
         row.host_s = Spread.of(row.host_samples_s)
         row.peak_extra_bytes = machine.peak_bytes(sampler.step)
+    _note_device_time(row)
+
+
+def _note_device_time(row: StepRow) -> None:
     row.device_s = Spread.of(row.device_samples_s)
     row.bytes_per_s = row.bytes_per_parameter * row.parameters / row.device_s.median
 

@@ -11,10 +11,10 @@
 #include <condition_variable>
 #include <csignal>
 #include <cstddef>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 namespace {
@@ -87,8 +87,8 @@ class Helpers {
       pthread_sigmask(SIG_SETMASK, &all, &before);
       try {
         for (int i = 0; i < THREADS; i++) std::thread([helpers = of_process] { helpers->help(); }).detach();
-      } catch (const std::system_error&) {
-        // No more threads to be had: those that are there, or the walk alone, do all of it.
+      } catch (const std::exception&) {
+        // No more threads or memory to be had: those that are there, or the walk alone, do all of it.
       }
       pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }

@@ -46,7 +46,7 @@ from bench.gpu.machine import DeviceHung
 from bench.gpu.races import Crowd
 from bench.gpu.runner import Deadline, DeviceLost, Failure, Job, Results, run_jobs
 from bench.gpu.scale import Scale, scale_for
-from bench.gpu.supervisor import Progress, Store, supervise
+from bench.gpu.supervisor import Progress, Store, _leave, supervise
 from bench.shapes import SHAPES
 from fused_dals.host_walk import HOST_WALK
 from tests.gpu_stand_ins import FP32, MIXED, TINY, CpuMachine, interpreted
@@ -73,6 +73,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
         samples=2,
         copy_samples=1,
         compile_budget=(0.0, 0.0),
+        quick_to_compile=(),
         sweep_models=("resnet50",),
         sweep_samples=1,
     )
@@ -202,6 +203,7 @@ def test_a_device_that_answers_no_more_ends_the_jobs(monkeypatch: pytest.MonkeyP
     for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceHung("still at work")):
         for label, run in (("bad", lambda: [][0]), ("swallows it", lambda: [1])):
             jobs = [Job("races", label, run), Job("host", "good", lambda: [2])]
+            results.lost["races"] = 0
             with pytest.raises(DeviceLost, match=rf"after races, {label}: {type(error).__name__}: {error}"):
                 run_jobs(jobs, results, Deadline.after(60), machine)
     assert results.rows["races"] == [1, 1] and not results.rows["host"]
@@ -275,7 +277,7 @@ def _starts_another() -> list[Check]:
 
 
 WATCHED = (_fine, _sleeps, _fine, _holds_the_lock, _dies, _starts_another, _fine)
-SECTIONS_OF_WATCHED = ("races", "races", "races", "host", "races", "steps", "races")
+SECTIONS_OF_WATCHED = ("races", "races", "races", "host", "launches", "steps", "races")
 
 
 def _work(folder: Path, store: Store, deadline: Deadline) -> int:
@@ -302,7 +304,7 @@ def test_jobs_that_hang_or_kill_their_process_are_failures_and_all_others_run(
     assert record["ended"] == "complete" and [row["label"] for row in record["races"]] == ["fine"] * 3
     failures = {
         failure["label"]: failure["error"]
-        for section in ("races", "host", "steps")
+        for section in ("races", "host", "launches", "steps")
         for failure in record["failures"][section]
     }
     assert failures.pop("4 _dies") == "the process ended with status -11"
@@ -370,7 +372,9 @@ def test_a_job_that_the_deadline_cuts_is_left_out(tmp_path: Path, capfd: pytest.
     store = Store(tmp_path / "progress")
     assert supervise(store, Deadline.after(30), functools.partial(_work_late, tmp_path)) == 0
     record = json.loads((tmp_path / "gpu.json").read_text())
-    assert record["left_out"]["compiled"] == ["slow (in the midst of it)"] and not record["failures"]["compiled"]
+    (left_out,) = record["left_out"]["compiled"]
+    assert left_out == "slow (in the midst of it: the process was ended: no word from it for 2 s)"
+    assert not record["failures"]["compiled"]
     assert "_sleeps" in capfd.readouterr().err, "a traceback says where it was"
 
 
@@ -380,13 +384,120 @@ def watch_a_sleeper(folder: str) -> None:
 
 def test_a_process_that_comes_to_no_job_is_started_once_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     store, told = Store(tmp_path / "progress"), []
-    store.save(Progress(Results([1.0]), {"l2_bytes": 1}, 3))
+    store.save(Progress(Results([1.0]), {"l2_bytes": 1}, 3, shown=["races"]))
     assert supervise(store, Deadline.after(60), _dies_at_once, lambda progress, why: told.append((progress, why))) == 1
     assert told == [(store.load(), "the process ended with status 1")]
-    gpu._write(tmp_path / "gpu.json", Scale(models=()), *told[0])
+    gpu._give_up(tmp_path / "gpu.json", Scale(models=()), *told[0])
     assert json.loads((tmp_path / "gpu.json").read_text())["ended"] == "the process ended with status 1"
-    said = capfd.readouterr().err
-    assert said.count("RuntimeError: no device") == 2 and "error: the process ended with status 1" in said
+    said = capfd.readouterr()
+    assert said.err.count("RuntimeError: no device") == 2 and "error: the process ended with status 1" in said.err
+    assert "steps: nothing to do" in said.out and "races: nothing to do" not in said.out, "tables that nobody has seen"
+    assert "0 passed, 0 failed, 14 not measured" in said.out
+
+
+def test_after_the_deadline_no_process_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("bench.gpu.supervisor.LEAST_SECONDS", 1.0)
+    monkeypatch.setattr("bench.gpu.supervisor.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("bench.gpu.supervisor.START_SECONDS", 20.0)
+    store, deadline = Store(tmp_path / "progress"), Deadline.after(20)
+    store.save(Progress(Results([1.0]), {"l2_bytes": 1}))
+    begin = time.monotonic()
+    assert supervise(store, deadline, _starts_late, lambda progress, why: told.append(why)) == 1
+    assert told == ["the time was up before the end; the process was ended: no word from it for 20 s"]
+    assert time.monotonic() - begin < 30
+
+
+def _starts_late(store: Store, deadline: Deadline) -> int:
+    time.sleep(600)
+    return 0
+
+
+def _finds_rows_for_ever(store: Store, deadline: Deadline) -> int:
+    """A row, and a save, every tenth of a second."""
+    progress = store.load()
+    store.begin(progress, Job("sweep", "endless", _fine, 3.0), deadline)
+    while True:
+        progress.results.rows["sweep"].append(len(progress.results.rows["sweep"]))
+        store.save(progress)
+        time.sleep(0.1)
+
+
+def test_rows_are_kept_and_give_a_job_no_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.gpu.supervisor.STARTS", 1)
+    store, told = Store(tmp_path / "progress"), []
+    deadline = Deadline.after(60)
+
+    def give_up(progress: Progress, why: str) -> None:
+        told.append((progress.results, why))
+
+    monkeypatch.setattr(Deadline, "passed", lambda deadline: True)  # so that it is not started again
+    assert supervise(store, deadline, _finds_rows_for_ever, give_up) == 1
+    ((results, why),) = told
+    assert len(results.rows["sweep"]) > 10 and results.lost["sweep"] == 1
+    assert why.endswith("sweep, endless: the process was ended: no word from it for 3 s")
+
+
+def _says_it_works_and_sleeps(store: Store, deadline: Deadline) -> int:
+    progress = store.load()
+    progress.described = {"l2_bytes": 1}
+    progress.results.rows["races"].append(Check("a", True, ""))
+    store.begin(progress, Job("races", "long", _fine, 600.0), deadline)
+    time.sleep(600)
+    return 0
+
+
+def watch_a_worker(folder: str) -> None:
+    path = Path(folder)
+    write = functools.partial(gpu._give_up, path / "gpu.json", Scale(models=()))
+    sys.exit(supervise(Store(path / "progress"), Deadline.after(60), _says_it_works_and_sleeps, write))
+
+
+def test_who_ends_the_run_gets_what_there_is(tmp_path: Path) -> None:
+    program = "import sys; from tests.test_bench_gpu import watch_a_worker; watch_a_worker(sys.argv[1])"
+    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    store, end = Store(tmp_path / "progress"), time.monotonic() + 60
+    while store.load().running is None:
+        assert time.monotonic() < end and run.poll() is None
+        time.sleep(0.05)
+    run.terminate()
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 1 and "races (0 s)" in said and "0 passed, 1 failed" in said
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["ended"] == "Ended, races, long: somebody ended the run" and len(record["races"]) == 1
+
+
+def test_a_process_that_cannot_be_ended_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Process:
+        def __init__(self, alive: bool) -> None:
+            self.is_alive = lambda: alive
+
+    left: list[int] = []
+    monkeypatch.setattr("os._exit", left.append)
+    held: Any = [Process(False), Process(False)]
+    assert _leave(3, held) == 3 and not left
+    _leave(3, [*held, Process(True)])
+    assert left == [3] and "cannot be ended" in capsys.readouterr().err
+
+
+def test_a_section_that_loses_the_device_again_and_again_is_left_out() -> None:
+    results = Results([1.0])
+
+    def hangs() -> list[Any]:
+        raise DeviceHung("at work for ever")
+
+    jobs = [Job("correctness", str(i), hangs) for i in range(4)] + [Job("host", "fine", lambda: [1])]
+    done = 0
+    while done < len(jobs):  # as the supervisor does, with a process for each
+        begun: list[Job] = []
+        with contextlib.suppress(DeviceLost):
+            run_jobs(jobs[done:], results, Deadline.after(60), CpuMachine(), begun.append)
+        done += len(begun)
+    assert [failure.label for failure in results.failures["correctness"]] == ["0", "1"]
+    assert results.left_out["correctness"] == [f"{i} (others before it lost the device)" for i in (2, 3)]
+    assert results.rows["host"] == [1] and not results.left_out["host"]
 
 
 def test_progress_outlives_its_process(ran: tuple[dict[str, Any], str], tmp_path: Path) -> None:

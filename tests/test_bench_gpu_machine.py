@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,16 @@ def test_the_machine_against_a_stand_in_of_torch_cuda(monkeypatch: pytest.Monkey
         "empty_cache": lambda: None,
         "set_sync_debug_mode": modes.append,
     }
+    asked: list[str] = []
+
+    def driver(command: list[str], **options: Any) -> Any:
+        asked.append(command[1])
+        if len(asked) == 3:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return SimpleNamespace(stdout="1, 2, 3, 4, 5\n" if "clocks" in command[1] else "570\n")
+
+    monkeypatch.setattr(subprocess, "run", driver)
+    monkeypatch.setattr(gpu_machine, "BUSY_SECONDS", 1e-5)
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.profiler, "profile", FakeProfile)
@@ -129,7 +140,9 @@ def test_the_machine_against_a_stand_in_of_torch_cuda(monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_machine, "MATMUL_WIDTH", 8)
     machine = CudaMachine(CPU)
     described = machine.describe()
-    assert described["device"] == "H" and described["capability"] == "9.0" and "driver" in described
+    assert described["device"] == "H" and described["capability"] == "9.0" and described["driver"] == "570"
+    assert list(machine.conditions().values()) == ["1", "2", "3", "4", "5"]
+    assert machine.conditions() == machine.conditions() == {} and len(asked) == 3, "who does not answer is left alone"
     assert machine.copy_bandwidth() > 0 and machine.l2_bytes == 5 and machine.free_bytes() == 11
     assert machine.seconds(lambda: time.sleep(0.01), lead_s=1e-5) >= 0.01
     machine.keep_busy()

@@ -19,6 +19,7 @@ from bench import environment, extras, record
 from bench.gpu.runner import SECTIONS, Deadline, DeviceLost, Job, run_jobs
 from bench.shapes import SHAPES
 from bench.timing import one_line
+from fused_dals.host_walk import HOST_WALK
 
 if TYPE_CHECKING:
     from bench.gpu.scale import Scale
@@ -58,19 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale = scale_for(args.models, args.quick, args.sections, args.seconds)
     with tempfile.TemporaryDirectory(prefix="fused_dals_") as folder:
         store = Store(Path(folder, "progress"))
-        give_up = partial(_write, args.json, scale)
+        give_up = partial(_give_up, args.json, scale)
         return supervise(store, Deadline.after(scale.seconds), partial(_run_on_gpu, scale, args.json), give_up)
 
 
-def _targets(progress: Progress) -> list[Target]:
+def _targets(progress: Progress, scale: Scale) -> list[Target] | None:
     """None where what was found defies them: the rows are to be had nevertheless."""
     from bench.gpu.jobs import targets_of
 
     try:
-        return targets_of(progress.results, progress.described["l2_bytes"])
+        return targets_of(progress.results, progress.described["l2_bytes"], scale)
     except Exception as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return []
+        return None
+
+
+def _give_up(path: Path | None, scale: Scale, progress: Progress, why: str) -> None:
+    """What there is where no process comes to the end: tables that nobody has seen, targets, file."""
+    from bench.gpu import report
+
+    if progress.described:
+        for section in scale.sections:
+            if section not in progress.shown and progress.begun:
+                print("\n" + report.section_text(section, progress.results))
+        print("\n" + report.target_table(_targets(progress, scale) or []), flush=True)
+    _write(path, scale, progress, why)
 
 
 def _write(path: Path | None, scale: Scale, progress: Progress, ended: str) -> None:
@@ -78,7 +91,7 @@ def _write(path: Path | None, scale: Scale, progress: Progress, ended: str) -> N
     from bench.gpu import report
 
     if path is not None and progress.described:
-        found = report.record(progress.described, scale, progress.results, _targets(progress), ended)
+        found = report.record(progress.described, scale, progress.results, _targets(progress, scale) or [], ended)
         record.save(path, found)
 
 
@@ -86,6 +99,8 @@ def _run_on_gpu(scale: Scale, path: Path | None, store: Store, deadline: Deadlin
     from bench.gpu.compile_ahead import COMPILE_WORKERS
     from bench.gpu.machine import CudaMachine
 
+    if "compile" not in scale.sections or store.load().begun > 0:
+        HOST_WALK.want(wait=True)  # or the first steps would be timed without it, beside its compiler
     workers = max(1, min(COMPILE_WORKERS, (os.cpu_count() or 1) // 2))
     machine = CudaMachine(torch.device("cuda", torch.cuda.current_device()))
     return run(machine, scale, path, workers, store, deadline)
@@ -107,7 +122,7 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
     progress.described = {"l2_bytes": machine.l2_bytes, **environment.of_machine(machine.describe())}
     if first:
         print(", ".join(f"{key} {value}" for key, value in progress.described.items()), flush=True)
-    results.conditions.append(machine.conditions())
+    results.note_conditions(machine, "start")
     results.copy_samples += [machine.copy_bandwidth() for _ in range(scale.copy_samples)]
     jobs = jobs_of(machine, scale, results, deadline, workers)
     last = {job.section: index for index, job in enumerate(jobs)}
@@ -123,6 +138,10 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
 
     def save(ended: str) -> None:
         attempt(lambda: _write(path, scale, progress, ended))
+
+    def save_rows() -> None:
+        attempt(lambda: store.save(progress))
+        save("in the midst of a part")
 
     def show(section: str) -> None:
         tqdm.write("\n" + report.section_text(section, results))
@@ -149,7 +168,7 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
             save(f"after {job.section}, {job.label}")
 
         try:
-            run_jobs(jobs[progress.begun :], results, deadline, machine, before, after)
+            run_jobs(jobs[progress.begun :], results, deadline, machine, before, after, save_rows)
         except DeviceLost as lost:
             print(f"error: {lost}", file=sys.stderr, flush=True)
             store.end(progress)
@@ -157,13 +176,13 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
             sys.stdout.flush()
             os._exit(1)  # leaving in order would wait for the device
     show_ended()
-    targets = _targets(progress)
-    print("\n" + report.target_table(targets))
-    results.conditions.append(machine.conditions())
+    targets = _targets(progress, scale)
+    print("\n" + report.target_table(targets or []))
+    results.note_conditions(machine, "end")
     save("complete")
     if path is not None:
         print(f"\nresults: {path}")
     sys.stdout.flush()
-    progress.status = int(not targets or any(target.passed is False for target in targets))
+    progress.status = int(targets is None or any(target.passed is False for target in targets))
     store.end(progress)
     return progress.status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from bench.timing import Spread, host_sample, make_parameters, one_line
 from fused_dals import DALS
 
 FP32: Dtypes = (torch.float32, torch.float32, torch.float32)
-WITHOUT_LOSS = f"{FUSED}, no loss"
+WITHOUT_LOSS, CONTROL = f"{FUSED}, no loss", "control: two kernels"
 #: The device is kept at work for so long; a step that does not wait returns in a small part of it.
 QUEUE_S = 0.1
 
@@ -116,7 +116,7 @@ def count_launches(machine: Machine, count: int) -> list[LaunchRow]:
     """One row per contender, after a control whose two launches are known."""
     value = torch.ones(64, device=machine.device)
     machine.launches(lambda: value.add_(1))  # the profiler's own start
-    control = LaunchRow("control: two kernels", 1)
+    control = LaunchRow(CONTROL, count)
     _count(machine, control, lambda: value.add_(1).mul_(0.5))
     if control.error is None and control.launches != 2:
         control.error = f"counted {control.launches} launches: the counts of this table mean nothing"
@@ -220,8 +220,3 @@ def time_host(
         except Exception as error:
             row.error = one_line(error)
         yield row
-
-
-def host_time(rows: Sequence[HostRow]) -> Mapping[int, float]:
-    """Median host time of the fused path by number of groups."""
-    return {row.groups: row.host_s.median for row in rows if row.contender == FUSED and row.host_s is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from bench.gpu.features import KERNELS, compile_kernels
 from bench.gpu.scale import SWEEP_DTYPES, Scale
 from bench.gpu.sweep import compiled_variants
 from bench.timing import one_line
-from fused_dals.host_walk import HOST_WALK
+from fused_dals.host_walk import HOST_WALK, OFF
 
 #: Processes at most, and seconds that they have.
 COMPILE_WORKERS, COMPILE_SECONDS = 8, 90.0
@@ -47,6 +48,10 @@ def compilations_of(scale: Scale) -> list[Compilation]:
     return found + [(name, compile_kernels, (name,)) for name in (KERNELS if scale.features else ())]
 
 
+def _without_walk() -> None:
+    os.environ[OFF] = "0"
+
+
 def compile_ahead(device: torch.device, compilations: Sequence[Compilation], workers: int) -> list[Check]:
     """Compile in several processes, whose results later steps find on disk; without workers, here.
 
@@ -56,7 +61,8 @@ def compile_ahead(device: torch.device, compilations: Sequence[Compilation], wor
     HOST_WALK.want()
     done, errors = 0, []
     if workers:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:  # leaving ends the processes
+        # Leaving ends the processes, but no compiler of a walk of their own, so that they have none.
+        with multiprocessing.get_context("spawn").Pool(workers, _without_walk) as pool:
             calls = [pool.apply_async(run, (device, *arguments)) for _, run, arguments in compilations]
             for call, (label, _, _) in zip(calls, compilations, strict=True):
                 try:

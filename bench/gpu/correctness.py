@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bench.byte_table import SHORT_NAMES, Dtypes
 from bench.compiled import even_blends, hyperparameters
 from bench.gpu.driver import PassDriver, Plan, TensorSet
+from bench.gpu.runner import DeviceLost
 from bench.machine import Machine
 from fused_dals import DALS
 from fused_dals.reference import dals_reference_
@@ -278,7 +279,10 @@ def check_grid(machine: Machine, dtypes: Dtypes, specs: Sequence[Spec], chunk: i
         def run(plan: Plan, what: str, order: Sequence[int] | None = None, problems: list[str] = problems) -> Outcome:
             placed = Placed(originals, machine.device)
             outcome = placed.step(plan, order)
-            machine.wait()
+            try:
+                machine.wait()
+            except DeviceLost as lost:
+                raise DeviceLost(f"{writer_label(plan)}, {what}: {lost}") from lost
             if not placed.guards_intact():
                 problems.append(f"{what}: memory beside the tensors was written")
             return outcome

@@ -6,22 +6,30 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from bench.byte_table import STEP_DTYPES, Dtypes
+from bench.byte_table import STEP_DTYPES, Dtypes, item_sizes
 from bench.compiled import CompileBudget
-from bench.gpu.checks import HostRow, LaunchRow, check_waiting, count_launches, time_host
+from bench.gpu.checks import LaunchRow, check_waiting, count_launches, time_host
 from bench.gpu.compile_ahead import compilations_of, compile_ahead
 from bench.gpu.contenders import beside_compiled, contenders_for
 from bench.gpu.correctness import Check, check_grid, check_optimizer, dtypes_label
 from bench.gpu.driver import Plan
 from bench.gpu.features import LATE_FEATURES, features
 from bench.gpu.races import hunt_races
-from bench.gpu.runner import LONG_SECONDS, SECTIONS, Deadline, Job, Results
+from bench.gpu.runner import LONG_SECONDS, SECTIONS, Deadline, DeviceLost, Job, Results
 from bench.gpu.scale import SWEEP_DTYPES, Scale
 from bench.gpu.sweep import SweepRow, sweep
-from bench.gpu.targets import Target, compiled_targets, host_targets, launch_targets, plan_seconds, step_targets
+from bench.gpu.targets import (
+    Target,
+    compiled_targets,
+    host_targets,
+    launch_targets,
+    own_failures,
+    plan_seconds,
+    step_targets,
+)
 from bench.machine import Machine
 from bench.shapes import SHAPES
-from bench.timing import StepRow, time_contenders
+from bench.timing import StepRow, finished, time_contenders
 
 #: What the largest model becomes where p, g, h and m do not fit.
 SMALLER = {"llama_7b": "llama_1b"}
@@ -61,7 +69,7 @@ def jobs_of(machine: Machine, scale: Scale, results: Results, deadline: Deadline
         jobs.append(Job("launches", f"{count} tensors", _launch_job(machine, count)))
     jobs += [Job("features", name, checks[name], LONG_SECONDS) for name in scale.features if name in LATE_FEATURES]
     budget = CompileBudget(*scale.compile_budget)
-    for model in scale.models if "fp32" in scale.step_dtypes else ():
+    for model in (*scale.quick_to_compile, *scale.models) if "fp32" in scale.step_dtypes else ():
         run = _step_job(machine, scale, results, model, "fp32", deadline, budget)
         jobs.append(Job("compiled", f"{model} fp32", run, LONG_SECONDS))
     for model in scale.sweep_models:
@@ -102,27 +110,45 @@ def _step_job(
 
     def run() -> list[StepRow]:
         dtypes = STEP_DTYPES[name]
-        fitting = fitting_model(machine, model)
+        fitting = fitting_model(machine, model, dtypes)
         shapes = list(SHAPES[fitting]())
         if compile_budget is None:
             contenders = contenders_for(dtypes)
+            if name == "fp32":
+                results.note_conditions(machine, model)
             results.copy_samples += [machine.copy_bandwidth() for _ in range(scale.copy_samples)]
         else:
             compile_budget.left_s = min(compile_budget.left_s, max(0.0, deadline.left_s()))
             contenders = beside_compiled(dtypes, len(shapes), compile_budget)
-        return time_contenders(
-            machine, fitting, dtypes, name, shapes, contenders, scale.samples, scale.seed, time_is_up=deadline.passed
-        )
+        rows: list[StepRow] = []
+        try:
+            time_contenders(
+                machine,
+                fitting,
+                dtypes,
+                name,
+                shapes,
+                contenders,
+                scale.samples,
+                scale.seed,
+                time_is_up=deadline.passed,
+                rows=rows,
+            )
+        except DeviceLost:
+            results.rows["steps" if compile_budget is None else "compiled"] += finished(rows)
+            raise
+        return rows
 
     return run
 
 
-def fitting_model(machine: Machine, model: str) -> str:
-    """The model, or the smaller one in its place where fp32 p, g, h and m do not fit."""
+def fitting_model(machine: Machine, model: str, dtypes: Dtypes) -> str:
+    """The model, or the smaller one in its place where p, g, h and m do not fit."""
     if model not in SMALLER:
         return model
     parameters = sum(torch.Size(shape).numel() for _, shape in SHAPES[model]())
-    return model if 16.5 * parameters < machine.free_bytes() else SMALLER[model]
+    p, g, state = item_sizes(dtypes)
+    return model if (p + g + 2 * state + 0.5) * parameters < machine.free_bytes() else SMALLER[model]
 
 
 def _sweep_job(
@@ -135,10 +161,10 @@ def _sweep_job(
 # -- targets ---------------------------------------------------------------------------------------------------------
 
 
-def targets_of(results: Results, l2_bytes: int) -> list[Target]:
-    """Everything that was promised, with what this run says about it."""
+def targets_of(results: Results, l2_bytes: int, scale: Scale) -> list[Target]:
+    """Everything that was promised of the sections of this run, with what it says about it."""
     targets = []
-    for section in CHECKED:
+    for section in (section for section in CHECKED if section in scale.sections):
         checks: list[Check] = results.rows[section]
         bad = sum(not check.passed for check in checks) + len(results.failures[section])
         missing, to_come = len(results.left_out[section]), results.to_come[section]
@@ -150,14 +176,23 @@ def targets_of(results: Results, l2_bytes: int) -> list[Target]:
         failed = len(results.failures[section])
         if failed and section not in CHECKED:
             targets.append(Target(f"{section}: all parts ran", "0 failed", f"{failed} failed", False))
-    launches: list[LaunchRow] = results.rows["launches"]
-    hosts: list[HostRow] = results.rows["host"]
-    steps: list[StepRow] = results.rows["steps"]
-    limits = {
-        (row.model, row.dtypes): plan_seconds(
-            SHAPES[row.model](), STEP_DTYPES[row.dtypes], l2_bytes, results.copy_bandwidth
-        )
-        for row in steps
-    }
-    beside = compiled_targets(results.rows["compiled"])
-    return [*targets, *launch_targets(launches), *host_targets(hosts), *step_targets(steps, limits, "fp32"), *beside]
+    rows = results.rows
+    for section in ("launches", "host", "steps"):
+        targets += own_failures(section, rows[section])
+    if "launches" in scale.sections:
+        targets += launch_targets(rows["launches"], scale.launch_counts)
+    if "host" in scale.sections:
+        targets += host_targets(rows["host"], scale.host_tensors, scale.host_groups)
+    if "steps" in scale.sections and results.copy_samples:
+        steps: list[StepRow] = rows["steps"]
+        # Also those of which there are no rows, and the smaller model where the asked one does not fit.
+        lists = [(model, name) for model in scale.models for name in scale.step_dtypes]
+        lists = list(dict.fromkeys([*lists, *((row.model, row.dtypes) for row in steps)]))
+        copy = results.copy_bandwidth
+        limits = {
+            (model, name): plan_seconds(SHAPES[model](), STEP_DTYPES[name], l2_bytes, copy) for model, name in lists
+        }
+        targets += step_targets(steps, limits, "fp32")
+    if "compiled" in scale.sections:
+        targets += compiled_targets(rows["compiled"])
+    return targets

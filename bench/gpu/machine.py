@@ -18,12 +18,16 @@ import torch
 from bench.gpu.runner import DeviceLost
 from bench.machine import Launch
 
-#: Far above what one launch, or what is queued before it, can take.
-HANG_SECONDS = 30.0
+#: Far above what one launch, or what is queued before it, can take: a second.
+HANG_SECONDS = 10.0
 COPY_BYTES = 1 << 30
 COPIES_PER_SAMPLE = 10
 MATMUL_WIDTH = 4096
 MATMULS = 16
+#: Work while the driver is asked for clocks: those of an idle device say nothing.
+BUSY_SECONDS = 1.0
+#: The driver's tool answers in well under a second, or hangs as the device does.
+DRIVER_SECONDS = 5.0
 CONDITIONS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
 LAUNCH_CATEGORIES = ("kernel", "gpu_memset", "gpu_memcpy")
 
@@ -39,6 +43,7 @@ class CudaMachine:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.driver_answers = True
         properties = torch.cuda.get_device_properties(self.device)
         self.l2_bytes: int = properties.L2_cache_size
         self.source = torch.randn(COPY_BYTES // 4, device=self.device)
@@ -56,13 +61,29 @@ class CudaMachine:
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": self.l2_bytes,
             "memory_bytes": properties.total_memory,
-            "driver": _ask_driver("driver_version").get("driver_version"),
+            "driver": self._ask_driver("driver_version").get("driver_version"),
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
         }
 
     def conditions(self) -> dict[str, str]:
-        return _ask_driver(*CONDITIONS)
+        self.occupy(BUSY_SECONDS)
+        answers = self._ask_driver(*CONDITIONS)
+        self.wait()
+        return answers
+
+    def _ask_driver(self, *questions: str) -> dict[str, str]:
+        """Answers of nvidia-smi, of the first device; none where it does not answer, and no more questions then."""
+        command = ["nvidia-smi", f"--query-gpu={','.join(questions)}", "--format=csv,noheader"]
+        if not self.driver_answers:
+            return {}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER_SECONDS, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            self.driver_answers = isinstance(error, subprocess.CalledProcessError)
+            return {}
+        answers = [answer.strip() for answer in done.stdout.partition("\n")[0].split(",")]
+        return dict(zip(questions, answers, strict=True)) if len(answers) == len(questions) else {}
 
     def wait(self) -> None:
         for stream in (torch.cuda.current_stream(), self.side_stream):
@@ -167,14 +188,3 @@ def _wait_for(event: torch.cuda.Event) -> None:
         if time.monotonic() > deadline:
             raise DeviceHung(f"the device was still at work after {HANG_SECONDS:.0f} seconds")
         time.sleep(2e-5)
-
-
-def _ask_driver(*questions: str) -> dict[str, str]:
-    """Answers of nvidia-smi, of the first device; none where it does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(questions)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    answers = [answer.strip() for answer in done.stdout.partition("\n")[0].split(",")]
-    return dict(zip(questions, answers, strict=True)) if len(answers) == len(questions) else {}

@@ -12,7 +12,7 @@ from bench.gpu.correctness import Check
 from bench.gpu.runner import SECTIONS, Results
 from bench.gpu.scale import Scale
 from bench.gpu.sweep import SweepRow
-from bench.gpu.targets import Target
+from bench.gpu.targets import Target, counted
 from bench.step_table import notes, steps_text
 from bench.table import format_table
 
@@ -34,7 +34,7 @@ def section_text(section: str, results: Results) -> str:
         lines.append(makers.get(section, check_table)(rows))
     lines += [f"{failure.label} failed: {failure.error}" for failure in results.failures[section]]
     if results.left_out[section]:
-        lines.append(f"left out, as time was up: {'; '.join(results.left_out[section])}")
+        lines.append(f"left out: {'; '.join(results.left_out[section])}")
     return "\n".join(lines)
 
 
@@ -97,7 +97,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
 def target_table(targets: Sequence[Target]) -> str:
     marks = {True: "pass", False: "FAIL", None: "-"}
     cells = [[target.label, target.bound, target.value, marks[target.passed]] for target in targets]
-    return format_table(["target", "bound", "measured", ""], cells)
+    return format_table(["target", "bound", "measured", ""], cells) + "\n\n" + counted(targets)
 
 
 def record(
@@ -116,5 +116,6 @@ def record(
         **{section: [asdict(row) for row in results.rows[section]] for section in SECTIONS},
         "failures": {section: [asdict(failure) for failure in rows] for section, rows in results.failures.items()},
         "left_out": results.left_out,
+        "to_come": results.to_come,
         "notes": notes(True),
     }

@@ -21,7 +21,7 @@ CROWD = Crowd(tiny=4000, tiny_elements=3000, huge=3, huge_elements=40_000_000)
 @dataclass(frozen=True)
 class Scale:
     """``seconds`` is the time of the whole run; ``compile_budget`` what torch.compile may take of it, in all and for
-    one model."""
+    one model; ``quick_to_compile``: lists of few tensors, for which that suffices, beside the models."""
 
     models: tuple[str, ...]
     specs: tuple[Spec, ...] = tuple(grid(CHUNK, 300))
@@ -37,7 +37,8 @@ class Scale:
     step_dtypes: tuple[str, ...] = tuple(STEP_DTYPES)
     samples: int = 25
     copy_samples: int = 10
-    compile_budget: tuple[float, float] = (90.0, 80.0)
+    compile_budget: tuple[float, float] = (60.0, 40.0)
+    quick_to_compile: tuple[str, ...] = ("of_1mi",)
     sweep_models: tuple[str, ...] = SWEEP_MODELS
     sweep_samples: int = 5
     sections: tuple[str, ...] = SECTIONS

@@ -18,6 +18,7 @@ from torch import Tensor
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.host import integers, table_on
 from fused_dals.kernels import layout
+from fused_dals.memory_order import same_strides
 from fused_dals.sharding import Place
 from fused_dals.worklist import STAGE_B, packed_chunks, packed_work_list
 
@@ -196,14 +197,9 @@ def tensors_of(
 
 
 def _access(p: Tensor, g: Tensor, h: Tensor, m: Tensor, c_address: int) -> int:
-    """How the kernel may reach a tensor; state is dense by construction."""
-    if p.stride() != h.stride() or g.stride() != h.stride():
-        same = all(
-            size == 1 or (a == c and b == c)
-            for size, a, b, c in zip(p.shape, p.stride(), g.stride(), h.stride(), strict=True)
-        )
-        if not same and p.numel() > 0:
-            return int(layout.STRIDED)
+    """How the kernel may reach a tensor; its state is dense and alike, which gather.py sees to."""
+    if p.numel() > 0 and not (same_strides(p, h) and same_strides(g, h)):
+        return int(layout.STRIDED)
     aligned = c_address % WIDE_BYTES == 0 and all(t.data_ptr() % WIDE_BYTES == 0 for t in (p, g, h, m))
     return int(layout.WIDE if aligned else layout.NARROW)
 

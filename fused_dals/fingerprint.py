@@ -1,9 +1,9 @@
 """Whether a step may go on with what the last one prepared: everything that a plan depends on, compared in bulk.
 
 In Python the lists are built by C loops over the tensors, 20 to 150 ns per tensor and attribute; nothing is hashed, and
-no tensor is compared by value. What is left out follows from the rest: a gradient has its parameter's shape, and a
-dense tensor of the same size in the same place needs no look at its strides. The compiled walk asks the same, where it
-is there.
+no tensor is compared by value. State is not held, so that memory which somebody takes away between two steps comes
+back: another tensor in the same place and of the same layout is as good. The compiled walk asks the same, where it is
+there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_dals import host
 from fused_dals.buckets import WIDE_BYTES
 from fused_dals.host_walk import HOST_WALK
+from fused_dals.memory_order import is_plain
 from fused_dals.sharding import local
 
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
@@ -28,7 +29,8 @@ State: TypeAlias = Mapping[Tensor, dict[str, Tensor]]
 #: What tensors without memory raise, and foreign entries in state.
 CANNOT_TELL = (RuntimeError, TypeError, NotImplementedError)
 
-_grad, _dtype, _requires_grad = attrgetter("grad"), attrgetter("dtype"), attrgetter("requires_grad")
+_grad, _dtype, _shape = attrgetter("grad"), attrgetter("dtype"), attrgetter("shape")
+_requires_grad = attrgetter("requires_grad")
 
 
 class Fingerprint:
@@ -47,29 +49,28 @@ class Fingerprint:
         self._distributed = distributed
         self._without_walk = HOST_WALK.compiled is None
         self._sizes = [len(group["params"]) for group in groups]
-        #: Held, so that no other object can take over their identity.
-        self._params, self._state = _tensors_of(groups, state)
+        self._params = _params_of(groups)  # held, so that no other object can take over their identity
+        state_tensors = _state_of(state)
+        self._state = list(map(id, state_tensors))
         grads = list(map(_grad, self._params))
         missing = [grad is None for grad in grads]
         if any(missing):
             grads = list(compress(grads, map(not_, missing)))
-        params, state_tensors = self._params, self._state
+        params = self._params
         # Which rows the ranks add up depends on what trains, gradient or not.
         trains = list(map(_requires_grad, params)) if distributed else []
         if distributed:
             params, grads, state_tensors = ([*map(local, tensors)] for tensors in (params, grads, state_tensors))
-        self._grad_addresses = list(map(Tensor.data_ptr, grads))
+        self._grad_addresses = _addresses(grads)
         self._parts = (
             missing,
             trains,
-            list(map(Tensor.data_ptr, params)),
-            list(map(Tensor.numel, params)),
-            list(map(_dtype, params)),
-            _layouts(params),
-            list(map(_dtype, grads)),
-            _layouts(grads),
+            _addresses(params),
+            _addresses(state_tensors),
             [address % WIDE_BYTES for address in self._grad_addresses],
-            list(map(Tensor.data_ptr, state_tensors)),
+            *(list(map(_shape, tensors)) for tensors in (params, grads, state_tensors)),
+            *(list(map(_dtype, tensors)) for tensors in (params, grads, state_tensors)),
+            *(_layouts(tensors) for tensors in (params, grads, state_tensors)),
         )
 
     def is_outdated(self) -> bool:
@@ -84,9 +85,8 @@ class Fingerprint:
             return None
         same = (
             self._sizes == now._sizes
-            and len(self._state) == len(now._state)
             and all(map(is_, self._params, now._params))
-            and all(map(is_, self._state, now._state))
+            and self._state == now._state
             and self._parts == now._parts
         )
         return host.integers(now._grad_addresses) if same else None
@@ -103,7 +103,7 @@ class CompiledFingerprint:
 
             if not walk.know_dtensors(DTensor):
                 raise TypeError("only Python finds the shards of this torch's DTensors")
-        self._held = params, _ = _tensors_of(groups, state)
+        self._held = params = _params_of(groups)
         self._count = sum(grad is not None for grad in map(_grad, params))
         addresses = torch.empty(self._count, dtype=torch.int64, device="cpu")
         self._recording = walk.record(groups, state, addresses, distributed)
@@ -122,10 +122,20 @@ class CompiledFingerprint:
             return None
 
 
-def _tensors_of(groups: Groups, state: State) -> tuple[list[Tensor], list[Tensor]]:
-    """All parameters, and all state tensors."""
-    params = chain.from_iterable(group["params"] for group in groups)
-    return list(params), list(chain.from_iterable(map(dict.values, state.values())))
+def _params_of(groups: Groups) -> list[Tensor]:
+    return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def _state_of(state: State) -> list[Tensor]:
+    return list(chain.from_iterable(map(dict.values, state.values())))
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Raises RuntimeError where one is not simply where its elements are."""
+    addresses = list(map(Tensor.data_ptr, tensors))
+    if (0 in addresses or any(map(Tensor.is_neg, tensors))) and not all(map(is_plain, tensors)):
+        raise RuntimeError("a tensor has no memory, or negates what it reads there")
+    return addresses
 
 
 def _layouts(tensors: Sequence[Tensor]) -> list[Any]:

@@ -23,6 +23,7 @@ from fused_dals.host_walk import increment_version
 from fused_dals.kernels import layout
 from fused_dals.launcher import Launcher
 from fused_dals.live_groups import GroupsVersion
+from fused_dals.memory_order import is_plain
 from fused_dals.run_state import StepInputs
 from fused_dals.sharding import Shards
 from fused_dals.stats import TrustRatios
@@ -53,8 +54,14 @@ def why_not_fused(param: Tensor, grad: Tensor) -> str:
         return "Triton is not installed (pip install triton; it exists for Linux with a GPU)"
     if param.device.type != "cuda" and not (interpreted() and param.device.type == "cpu"):
         return f"it is on {param.device}, and the kernels run on CUDA and ROCm devices"
-    if param.dtype not in FUSED_DTYPES:
-        return f"it is {param.dtype}, and the kernels serve float32, bfloat16 and float16"
+    for what, tensor in (("it", param), ("its gradient", grad)):
+        if tensor.dtype not in FUSED_DTYPES:
+            return f"{what} is {tensor.dtype}, and the kernels serve float32, bfloat16 and float16"
+        if not is_plain(tensor):
+            return (
+                f"{what} is a {type(tensor).__name__} whose numbers do not simply lie at its address (a wrapper around "
+                "other tensors, or a view that negates), where the kernels would read them"
+            )
     if param.dim() > layout.MAX_DIMS:
         left = len(joined_dims(param, grad, torch.empty_like(param, device="meta")))
         if left > layout.MAX_DIMS:
@@ -263,6 +270,8 @@ class FusedPass:
                     self._launch_pass(launch, 1)
                 # Autograd must notice the writes that it cannot see.
                 increment_version(launch.owners)
+                if self._unscale:
+                    increment_version([owner.grad for owner in launch.owners if owner.grad is not None])
                 measured += launch.members
         return measured
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fused_dals.memory_order import is_dense, is_plain, same_strides
 from fused_dals.rounding import place_key
 from fused_dals.sharding import (
     Place,
@@ -27,8 +28,8 @@ from fused_dals.sharding import (
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-#: Every tensor's segment of a flat buffer starts at a multiple of this many bytes.
-FLAT_ALIGNMENT = 128
+#: Every tensor's segment of a flat buffer starts at a multiple of this many bytes; a buffer ends where it has so many.
+FLAT_ALIGNMENT, FLAT_BYTES = 128, 1 << 24
 
 STATE_KEYS = ("grad_ema", "momentum_buffer")
 COMPENSATION_KEY = "compensation"
@@ -166,17 +167,22 @@ def _problem(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mappi
         return f"it has shape {tuple(param.shape)} and its gradient {tuple(grad.shape)}"
     if group["compensated"] and param.dtype == torch.float16:
         return "it is float16, and compensated=True serves bfloat16 (wider parameters need no compensation)"
-    if state:
-        have = state["grad_ema"]
+    return _problem_of_state(param, group, state) if state else ""
+
+
+def _problem_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    anew = "delete optimizer.state[param] if its history is to start anew"
+    for key, dtype in state_dtypes(param, group).items():
+        have = state.get(key)
+        if have is None and key == COMPENSATION_KEY:
+            continue  # it comes with the group's flag
+        if not isinstance(have, Tensor):
+            return f"its state has {type(have).__name__} for {key}, not a tensor; {anew}"
         if have.shape != param.shape or local(have).shape != local(param).shape:
+            return f"it has shape {tuple(local(param).shape)} and its {key} {tuple(local(have).shape)}; {anew}"
+        if have.device != param.device or have.dtype != dtype:
             return (
-                f"it has shape {tuple(local(param).shape)} and its state {tuple(local(have).shape)}; "
-                "delete optimizer.state[param] if its history is to start anew"
-            )
-        wanted = state_dtypes(param, group)
-        if have.device != param.device or any(state[key].dtype != wanted[key] for key in STATE_KEYS):
-            return (
-                f"it is now {param.dtype} on {param.device}, and its state {have.dtype} on {have.device} "
+                f"it is now {param.dtype} on {param.device}, and its {key} {have.dtype} on {have.device} "
                 f"(state_dtype={group['state_dtype']}, compensated={group['compensated']}); "
                 "optimizer.load_state_dict(optimizer.state_dict()) moves the state after it"
             )
@@ -203,8 +209,9 @@ def create_missing_state(
 ) -> None:
     """Zero state for every parameter that trains, with or without a gradient, so that all ranks hold the same keys.
 
-    Those for which ``flat(group, param)`` get theirs as views of flat buffers, one per device, dtype and kind of state.
-    A compensation comes and goes with the group's flag: zeros are what a weight without one has.
+    Those for which ``flat(group, param)`` get theirs as views of flat buffers, by device, dtype and kind of state, and
+    what somebody put there instead is laid out anew where kernels could not follow it: dense, and all alike. A
+    compensation comes and goes with the group's flag: zeros are what a weight without one has.
     """
     flattened: dict[tuple[torch.device, str, torch.dtype], list[Tensor]] = {}
     for group in groups:
@@ -213,31 +220,61 @@ def create_missing_state(
             usable = param.dtype in SUPPORTED_DTYPES and param.device.type != "meta"
             if not trains or not usable or is_lazy(param):
                 continue
-            dtypes = state_dtypes(param, group)
+            dtypes, is_flat = state_dtypes(param, group), flat(group, param)
             if state.get(param):
                 if COMPENSATION_KEY not in dtypes:
                     state[param].pop(COMPENSATION_KEY, None)
                 dtypes = {key: dtype for key, dtype in dtypes.items() if key not in (*state[param], *STATE_KEYS)}
+                if is_flat:
+                    _lay_out_alike(param, state[param])
             for key, dtype in dtypes.items():
-                if flat(group, param):
+                if is_flat:
                     flattened.setdefault((param.device, key, dtype), []).append(param)
                 else:
                     state[param][key] = empty_state(param, dtype).zero_()
     for (_, key, dtype), params in flattened.items():
-        for param, value in zip(params, flat_zeros(list(map(local, params)), dtype), strict=True):
+        layouts = [local(state[param].get("grad_ema", param)) for param in params]
+        for param, value in zip(params, flat_zeros(layouts, dtype), strict=True):
             state[param][key] = like(param, value)
 
 
+def _lay_out_alike(param: Tensor, state: dict[str, Tensor]) -> None:
+    """One order of memory, without gaps, for all state tensors: kernels go through them as they lie."""
+    first = local(state["grad_ema"])
+    if not (is_plain(first) and is_dense(first)):
+        dense = empty_state(param, first.dtype)
+        local(dense).copy_(first)
+        state["grad_ema"], first = dense, local(dense)
+    for key, value in state.items():
+        if not (is_plain(local(value)) and same_strides(local(value), first)):
+            state[key] = like(param, torch.empty_like(first, dtype=value.dtype).copy_(local(value)))
+
+
 def flat_zeros(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Zero tensors with the shapes and strides of ``params`` (of one device), as views of one padded buffer."""
+    """Zero tensors with the shapes and strides of ``params`` (of one device), as views of padded buffers.
+
+    A buffer ends with the tensor that fills it: a large tensor has its memory to itself, so that a checkpoint need not
+    copy it, and memory that is given up comes back in pieces.
+    """
+    zeros: list[Tensor] = []
     shapes = [torch.empty_like(p, dtype=dtype, device="meta") for p in params]
     step = FLAT_ALIGNMENT // dtype.itemsize
-    starts, total = [], 0
-    for shape in shapes:
-        starts.append(total)
-        total += -(-shape.numel() // step) * step
-    flat = torch.zeros(total, dtype=dtype, device=params[0].device)
-    return [flat.as_strided(shape.shape, shape.stride(), start) for shape, start in zip(shapes, starts, strict=True)]
+    starts: list[int] = []
+    end = 0
+    for i, shape in enumerate(shapes):
+        starts.append(-(-end // step) * step)
+        end = starts[-1] + shape.numel()
+        if end * dtype.itemsize < FLAT_BYTES and i + 1 < len(shapes) and not _is_large(shapes[i + 1], dtype):
+            continue
+        flat = torch.zeros(end, dtype=dtype, device=params[0].device)
+        some = shapes[len(zeros) : i + 1]
+        zeros += [flat.as_strided(s.shape, s.stride(), start) for s, start in zip(some, starts, strict=True)]
+        starts, end = [], 0
+    return zeros
+
+
+def _is_large(shape: Tensor, dtype: torch.dtype) -> bool:
+    return shape.numel() * dtype.itemsize >= FLAT_BYTES
 
 
 def empty_state(param: Tensor, dtype: torch.dtype) -> Tensor:

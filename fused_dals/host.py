@@ -28,6 +28,12 @@ def scalars_on(device: torch.device, scalars: Tensor) -> Tensor:
     return scalars.to(device, widest(device), non_blocking=device.type != "cpu")
 
 
+def scalar_on(device: torch.device, scalar: Tensor) -> Tensor:
+    """A number on a device: as it is, where it is there in single or double precision."""
+    there = scalar.device == device and scalar.dtype in (torch.float32, torch.float64)
+    return scalar if there else scalars_on(device, scalar)
+
+
 def integers(values: Iterable[int]) -> Tensor:
     """int64 on the CPU; with no operation that a graph which is being captured could not hold."""
     return _tensor_of(array("q", values), torch.int64)

@@ -78,7 +78,7 @@ class Helpers {
   static inline Helpers* of_process = nullptr;
   static Helpers& here() {
     if (of_process == nullptr) {
-      static const int registered = pthread_atfork(nullptr, nullptr, [] { of_process = nullptr; });
+      static const int registered = pthread_atfork(nullptr, nullptr, [] { of_process = nullptr, calls_alone = 0; });
       (void)registered;
       of_process = new Helpers;
       // Signals are for the threads of the program.

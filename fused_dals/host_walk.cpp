@@ -1,13 +1,13 @@
 // What a steady step asks of every tensor and group, in C++. docs/design.md, "What a step costs the host", has figures.
 //
-// A fingerprint is a run of 64-bit numbers: identity, address, size, dtype, device and layout of every parameter,
+// A fingerprint is a run of 64-bit numbers: identity, address, shape, dtype, device and layout of every parameter,
 // gradient and state tensor, in the order of the groups. Recording notes them; matching walks the same way again and
 // stops at the first number that differs. It says the same as fingerprint.py, which is the definition, and whatever it
 // does not know (other subclasses of tensors than DTensor, sparse gradients, groups that are no dicts) it leaves to it:
 // no match.
 //
 // host_walk.py compiles this file for the torch and Python at hand. Everything runs under Python's lock, keeps no
-// reference (who records keeps the tensors alive) and calls no Python code. Thousands of tensors are shared with other
+// reference (who records keeps the parameters alive) and calls no Python code. Thousands of tensors are shared with other
 // threads, see host_helpers.h.
 
 #include <Python.h>
@@ -132,21 +132,24 @@ bool see_address(Sink& sink, const c10::TensorImpl* tensor) {
   return sink.see(as_number(address_of(sink, tensor)));
 }
 
-// Dtype, device and size, and the strides of what is not contiguous; false for what only Python understands.
+// Wrappers around other tensors, and views that are more than a look at memory.
+constexpr c10::DispatchKeySet NOT_PLAIN({c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
+                                         c10::DispatchKey::ZeroTensor});
+
+// Dtype, device and shape, and the strides of what is not contiguous; false for what only Python understands.
 template <class Sink>
 bool see_layout(Sink& sink, const c10::TensorImpl* tensor) {
-  if (tensor->key_set().has(c10::DispatchKey::Python) || tensor->layout() != c10::kStrided) return false;
+  if (tensor->key_set().has_any(NOT_PLAIN) || tensor->layout() != c10::kStrided) return false;
   const bool contiguous = tensor->is_contiguous();
   const c10::Device device = tensor->device();
   const int64_t kind = static_cast<int64_t>(c10::typeMetaToScalarType(tensor->dtype())) |
                        static_cast<int64_t>(device.type()) << 8 |
                        static_cast<int64_t>(static_cast<uint8_t>(device.index())) << 16 |
-                       static_cast<int64_t>(contiguous) << 24;
-  if (!sink.see(kind) || !sink.see(tensor->numel())) return false;
-  if (contiguous) return true;
-  if (!sink.see(tensor->dim())) return false;
+                       static_cast<int64_t>(contiguous) << 24 | tensor->dim() << 32;
+  if (!sink.see(kind)) return false;
   for (const int64_t size : tensor->sizes())
     if (!sink.see(size)) return false;
+  if (contiguous) return true;
   for (const int64_t stride : tensor->strides())
     if (!sink.see(stride)) return false;
   return true;
@@ -276,7 +279,7 @@ template <class Sink>
 bool see_state(Sink& sink, PyObject* const* begin, PyObject* const* end) {
   const auto see = [&](PyObject* object) {
     const c10::TensorImpl* tensor = tensor_of(object);
-    return tensor != nullptr && !tensor->key_set().has(c10::DispatchKey::Python) && see_address(sink, tensor);
+    return tensor != nullptr && see_layout(sink, tensor) && see_address(sink, tensor);
   };
   return for_each_ahead(begin, end, see, touch_object, touch_tensor_of, touch_memory_of);
 }

@@ -1,4 +1,4 @@
-"""Tensors as one dimension in the order of somebody's memory, and back."""
+"""How tensors lie in memory, and tensors as one dimension in the order of somebody's memory, and back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,25 @@ def out_of_memory_order(flat: Tensor, like: Tensor) -> Tensor:
     order = _outermost_first(like)
     places = sorted(range(like.dim()), key=order.__getitem__)
     return flat.view([like.shape[dim] for dim in order]).permute(places)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers lie at its address: not those of a wrapper around other tensors, of autograd's zeros without
+    memory, or of a view that negates what it reads."""
+    try:
+        return (tensor.numel() == 0 or tensor.data_ptr() != 0) and not tensor.is_neg()
+    except RuntimeError:
+        return False
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill a piece of memory, each in a place of its own."""
+    return tensor.permute(_outermost_first(tensor)).is_contiguous()
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Of two tensors of one shape, wherever strides mean something."""
+    return all(size == 1 or own == other for size, own, other in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def _outermost_first(like: Tensor) -> list[int]:

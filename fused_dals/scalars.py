@@ -88,7 +88,7 @@ class StepScalars:
         sign = -1.0 if group["maximize"] else 1.0
         factor = clip_factor(self.inputs.grad_norm(), group["max_grad_norm"])
         if self.inputs.grad_scale is not None:
-            inverse = 1 / self.inputs.grad_scale.reshape(())
+            inverse = 1 / self.inputs.grad_scale.reshape(()).to(self.inputs.values.dtype)
             factor = inverse if factor is None else factor * inverse
         if factor is None:
             return sign

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fused_dals.host_walk import HOST_WALK
 
+#: Their optimizers put buffers in the place of parameters.
+JOINING_LIBRARIES = ("deepspeed", "megatron")
+
 #: (param group, position in it)
 Place = tuple[int, int]
 
@@ -87,7 +90,7 @@ def why_not_sharded(param: Tensor) -> str:
 
 def why_flattened(param: Tensor, position: int, count: int, known: Sequence[tuple[int, ...]] | None) -> str:
     """Why a parameter is no tensor of the model: it has a single dimension where one of several was, or is larger
-    where there were more.
+    where there were more. Where none is missing, only a library that joins tensors makes that suspicious.
 
     ``count``: of the parameters in its group now; ``known``: the shapes of those that joined, None where not known.
     """
@@ -95,6 +98,8 @@ def why_flattened(param: Tensor, position: int, count: int, known: Sequence[tupl
         return ""
     if len(known[position]) == 1 and not (count < len(known) and param.numel() > known[position][0]):
         return ""
+    if count >= len(known) and not any(name in sys.modules for name in JOINING_LIBRARIES):
+        return ""  # as many as there were: somebody put a layer in another's place
     return (
         f"it is a buffer of {param.numel()} elements where a parameter of shape {known[position]} was. DeepSpeed's "
         "ZeRO and Megatron's distributed optimizer join and cut tensors whose norms the trust ratio needs; use "

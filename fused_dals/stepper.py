@@ -23,7 +23,7 @@ from fused_dals.runtime import Captured, Runtime, Steady
 from fused_dals.scalars import StepScalars
 from fused_dals.scan import any_twice, own_gradients, scan_gradients
 from fused_dals.self_check import serves_by_default
-from fused_dals.sharding import Shards, is_distributed_tensor, settle_gradients
+from fused_dals.sharding import Shards, is_distributed_tensor, like, settle_gradients
 from fused_dals.stats import TrustRatios
 
 State = dict[Tensor, dict[str, Tensor]]
@@ -164,6 +164,7 @@ class Stepper:
             if batch.absent or not self._flat(group, batch.params[0]):
                 others.append(batch)
                 continue
+            _resolve_negation(batch)
             reasons = list(map(why_not_fused, batch.params, batch.grads))
             for position, reason in zip(batch.positions, reasons, strict=True):
                 if reason and group["fused"]:
@@ -245,8 +246,8 @@ class Stepper:
         inputs = StepInputs(
             runtime.state.values,
             loss,
-            None if found_inf is None else host.scalars_on(home, found_inf),
-            None if grad_scale is None else host.scalars_on(home, grad_scale),
+            None if found_inf is None else host.scalar_on(home, found_inf),
+            None if grad_scale is None else host.scalar_on(home, grad_scale),
             skip_nonfinite=runtime.live_groups.skips,
         )
         inputs = self._scanned(inputs, passes, others)
@@ -356,6 +357,14 @@ class Stepper:
         if runtime.partitions.group is not None:
             steps = runtime.partitions.any_rank(steps, home)
         return not steps
+
+
+def _resolve_negation(batch: TensorBatch) -> None:
+    """Give gradients that negate what they read, as autograd makes them of complex numbers, numbers of their own."""
+    for i, grad in enumerate(batch.grads):
+        if grad.is_neg():
+            batch.grads[i] = grad.resolve_neg()
+            batch.owners[i].grad = like(batch.owners[i], batch.grads[i])
 
 
 def _device(batch: TensorBatch) -> torch.device:

@@ -357,7 +357,8 @@ def test_a_loss_observed_before_capture(monkeypatch: pytest.MonkeyPatch, path: d
 
 
 def test_what_a_graph_reads_outlives_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph holds addresses: the tables behind them stay when a step of other tensors writes new ones."""
+    """A graph holds addresses: the tables behind them stay when a step of other tensors writes new ones, and so does a
+    learning rate that was a tensor."""
     training = Training({"fused": True, "capturable": True}, max_grad_norm=1.0)
     training.step()
     training.optimizer.zero_grad()
@@ -369,14 +370,15 @@ def test_what_a_graph_reads_outlives_other_steps(monkeypatch: pytest.MonkeyPatch
     memory = (*launch.bucket.memory(), *of_groups, fused_pass.sync, launch.baked)
     tables = [weakref.ref(t) for t in memory if t is not None]
     graph.calls.clear()  # the recorder's hold on them, which a graph has not
-    del launch, of_groups, memory
+    del launch, of_groups, memory, training.lr
+    training.optimizer.param_groups[0]["lr"] = 0.05
     training.model.scale.grad = None
     more = nn.Parameter(torch.ones(2))
     more.grad = torch.ones(2)
     training.optimizer.add_param_group({"params": [("more", more)]})  # with as many groups the tables stay anyway
     training.optimizer.step(loss=1.0)
     gc.collect()
-    assert fused_pass.preparations == 2 and len(tables) == 13 and all(table() is not None for table in tables)
+    assert fused_pass.preparations == 2 and len(tables) == 14 and all(table() is not None for table in tables)
 
 
 def test_a_learning_rate_that_is_a_number_on_the_foreach_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_dals import DALS, host, scalars
 from fused_dals.loss_signal import StepLoss
@@ -128,6 +129,38 @@ def test_float16_gradients_of_a_scale_that_float16_has_not(path: dict[str, Any])
     vars(optimizer).update(grad_scale=torch.tensor(65536.0), found_inf=torch.tensor(0.0))
     optimizer.step(loss=1.0)
     assert torch.equal(p.grad, torch.full_like(p, 2.0**-6)) and (p < 1).all()
+
+
+def test_autograd_notices_that_gradients_were_unscaled(path: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = DALS([("w", p)], amp_fused=True, **path)
+    for _ in range(3):
+        p.grad = torch.full((4,), 16.0)
+        vars(optimizer).update(grad_scale=torch.tensor(8.0), found_inf=torch.tensor(0.0))
+        optimizer.step(loss=1.0)
+        assert torch.equal(p.grad, torch.full((4,), 2.0)) and p.grad._version > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scale_is_taken_as_it_is(dtype: torch.dtype) -> None:
+    """No launch to bring found_inf and the scale from one dtype to another and back."""
+
+    class Conversions(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func.overloadpacket.__name__ == "_to_copy"
+            return func(*args, **(kwargs or {}))
+
+    p = nn.Parameter(torch.ones(4))
+    optimizer = DALS([("w", p)], amp_fused=True, fused=True)
+    for _ in range(3):
+        p.grad = torch.full((4,), 16.0)
+        scale, found = (torch.tensor(value, dtype=dtype) for value in (8.0, 0.0))
+        vars(optimizer).update(grad_scale=scale, found_inf=found)
+        with Conversions() as conversions:
+            optimizer.step(loss=1.0)
+    assert torch.equal(p.grad, torch.full((4,), 2.0)) and conversions.count == (0 if dtype == torch.float32 else 2)
 
 
 def test_an_expanded_gradient_is_unscaled_once(path: dict[str, Any]) -> None:

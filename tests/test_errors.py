@@ -203,6 +203,6 @@ def test_shapes_that_changed_under_the_optimizer(seed: int) -> None:
     model, optimizer = stepped()
     model.conv.weight.data = torch.ones(2, 2)
     model.conv.weight.grad = torch.ones(2, 2)
-    assert_refused(model, optimizer, "'conv.weight' of group 0: it has shape (2, 2) and its state (4, 1, 3, 3)")
+    assert_refused(model, optimizer, "'conv.weight' of group 0: it has shape (2, 2) and its grad_ema (4, 1, 3, 3)")
     del optimizer.state[model.conv.weight]
     optimizer.step(loss=1.0)

@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,23 @@ def test_flattened_buffers_are_refused() -> None:
         with pytest.raises(RuntimeError, match=r"where a parameter of shape .* was\. DeepSpeed's ZeRO and Megatron's"):
             optimizer.step(loss=1.0)
         assert torch.equal(flat, before) and not optimizer.state
+
+
+def test_layers_in_the_place_of_others_are_no_flattened_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where a library that joins tensors is loaded, a buffer in a parameter's place is suspicious."""
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 10, bias=False), nn.Linear(10, 3, bias=False))
+    optimizer = DALS(model)
+    model[1], model[2] = nn.LayerNorm(8), nn.Linear(8, 3, bias=False)
+    optimizer.param_groups[0].update(
+        params=list(model.parameters()), param_names=[n for n, _ in model.named_parameters()]
+    )
+    model(torch.randn(5, 4)).square().mean().backward()
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    with pytest.raises(RuntimeError, match=r"a buffer of 8 elements where a parameter of shape \(10, 8\) was"):
+        optimizer.step(loss=1.0)
+    monkeypatch.delitem(sys.modules, "deepspeed")
+    optimizer.step(loss=1.0)
+    assert len(optimizer.state) == 4
 
 
 def test_parameters_that_are_left_out_or_added_are_no_flattened_buffers() -> None:

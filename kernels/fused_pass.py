@@ -65,6 +65,8 @@ PIECE = tl.constexpr(512)
 RUN = tl.constexpr(4)
 #: Partial sums that the last arrival adds per turn.
 PARTIALS_PER_TURN = tl.constexpr(256)
+#: Most elements of a tile of stage B where stage A writes.
+MOST_IN_B = tl.constexpr(8192)
 
 
 @triton.jit
@@ -106,6 +108,12 @@ def _as_stored(value, bits, TYPE: tl.constexpr):
 def sums_of_runs(x):
     """Sums of RUN neighbours each, which one thread has together: no other thread is waited for."""
     return tl.sum(tl.reshape(x, [x.shape[0] // RUN, RUN]), axis=1)
+
+
+@triton.jit
+def _sums_of_both(x, y):
+    """The sums of two blocks, for which all threads wait together."""
+    return tl.split(tl.sum(tl.join(x, y), axis=0))
 
 
 @triton.jit
@@ -279,7 +287,7 @@ def _sums_of_squares(partials, chunks):
         mask = at < chunks
         p_squares += tl.load(partials + 2 * at, mask=mask, other=0.0).to(tl.float64)
         u_squares += tl.load(partials + 2 * at + 1, mask=mask, other=0.0).to(tl.float64)
-    return tl.sum(p_squares), tl.sum(u_squares)
+    return _sums_of_both(p_squares, u_squares)
 
 
 @triton.jit
@@ -407,16 +415,16 @@ def fused_pass(
                     )  # fmt: skip
                     p_squares += sums_of_runs((p * p).to(tl.float64))
                     u_squares += sums_of_runs((u * u).to(tl.float64))
-                p_square = tl.sum(p_squares)
-                u_square = tl.sum(u_squares)
+                p_square, u_square = _sums_of_both(p_squares, u_squares)
             for piece in range(full, stop, PIECE):
                 at, mask, p_at, g_at = offsets_of_piece(piece, stop, access, dims, row)
                 p, u = _stage_a_tile(
                     addresses, p_at, g_at, at, mask, blend, scalar_row, key,
                     PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, True,
                 )  # fmt: skip
-                p_square += tl.sum((p * p).to(tl.float64))
-                u_square += tl.sum((u * u).to(tl.float64))
+                p_piece, u_piece = _sums_of_both((p * p).to(tl.float64), (u * u).to(tl.float64))
+                p_square += p_piece
+                u_square += u_piece
             sums = partials + 2 * tl.load(row + FIRST_CHUNK)
             tl.store(sums + 2 * chunk, p_square)
             tl.store(sums + 2 * chunk + 1, u_square)
@@ -450,7 +458,17 @@ def fused_pass(
             while flag == 0:
                 flag = tl.atomic_add(ready + tensor, 0, sem="acquire", scope="gpu")
             ratio = _from_flag(flag)
-            for tile in range(start, full, TILE):
+            wide = start
+            if A_WRITES:
+                B_TILE: tl.constexpr = min(CHUNK, MOST_IN_B)
+                wide = end_of_full_tiles(start, stop, access, B_TILE)
+                for tile in range(start, wide, B_TILE):
+                    at = tile + tl.arange(0, B_TILE).to(tl.int64)
+                    _stage_b_tile(
+                        addresses, at, at, at, None, blend, ratio, scalar_row, key,
+                        PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, False,
+                    )  # fmt: skip
+            for tile in range(wide, full, TILE):
                 at = tile + tl.arange(0, TILE).to(tl.int64)
                 _stage_b_tile(
                     addresses, at, at, at, None, blend, ratio, scalar_row, key,

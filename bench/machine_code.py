@@ -55,7 +55,7 @@ class Synchronization:
     operation: str  # "atom.add", "atom.exch", "red.add", "ld", "st", "fence"
     semantics: str  # "relaxed", "acquire", "release", "acq_rel", "sc"; "" where none is written
     scope: str  # "cta", "cluster", "gpu", "sys"; "" where none is written
-    after_barrier: bool  # bar.sync comes before it in its basic block, with no write to global memory in between
+    after_barrier: bool  # bar.sync comes before it on every way that leads there, with no global write in between
     before_barrier: bool  # bar.sync comes after it in its basic block, with no global access in between
 
 
@@ -305,14 +305,14 @@ def _collect(found: Iterator[tuple[str, int, Line, bool]], forms: Mapping[Line, 
 
 def ptx_synchronization(ptx: str) -> tuple[Synchronization, ...]:
     """Atomics, fences, and loads and stores with memory semantics, in the order of the text."""
-    code = list(_ptx_opcodes(ptx))
+    code, origins = _ptx_code(ptx)
     return tuple(
         Synchronization(
             operation=_ptx_operation(parts),
             semantics=next((part for part in parts if part in SEMANTICS | {"sc"}), ""),
             scope=_ptx_scope(parts),
-            after_barrier=_meets_barrier(code[:index][::-1], ("st", "atom", "red")),
-            before_barrier=_meets_barrier(code[index + 1 :], ("ld", "st", "atom", "red", "bra")),
+            after_barrier=_comes_behind_barriers(code, origins, index),
+            before_barrier=_meets_barrier(code[index + 1 :]),
         )
         for index, parts in enumerate(code)
         if parts[0] in ("atom", "red", "fence", "membar")
@@ -320,14 +320,29 @@ def ptx_synchronization(ptx: str) -> tuple[Synchronization, ...]:
     )
 
 
-def _ptx_opcodes(ptx: str) -> Iterator[list[str]]:
-    """Each instruction's dotted parts without its guard; ["label"] where a basic block begins."""
+def _ptx_code(ptx: str) -> tuple[list[list[str]], list[list[int]]]:
+    """Each instruction's dotted parts without its guard, ["label"] where a basic block begins; and what may come
+    directly before each of them, -1 for the beginning."""
+    code: list[list[str]] = []
+    goes_on: list[bool] = []  # whether the next instruction may follow
+    labels: dict[str, int] = {}
+    branches: list[tuple[int, str]] = []
     for line in ptx.splitlines():
-        if re.match(r"\$L__BB\w+:", line):
-            yield ["label"]
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = len(code)
+            code.append(["label"])
+            goes_on.append(True)
         for statement in line.partition("//")[0].split(";"):
-            if opcode := re.match(r"[\s{]*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s*[\s\[]", statement + " "):
-                yield re.split(r"[.:]+", opcode[1])
+            if opcode := re.match(r"[\s{]*(@!?%\w+\s+)?([a-z][\w.:]*)\s*[\s\[]", statement + " "):
+                parts = re.split(r"[.:]+", opcode[2])
+                if parts[0] == "bra":
+                    branches.append((len(code), statement.split()[-1]))
+                code.append(parts)
+                goes_on.append(opcode[1] is not None or parts[0] not in ("bra", "ret", "exit"))
+    origins = [[index - 1] if index == 0 or goes_on[index - 1] else [] for index in range(len(code))]
+    for index, label_name in branches:
+        origins[labels[label_name]].append(index)
+    return code, origins
 
 
 def _ptx_operation(parts: list[str]) -> str:
@@ -343,12 +358,32 @@ def _ptx_scope(parts: list[str]) -> str:
     return next((part for part in parts if part in SCOPES), "")
 
 
-def _meets_barrier(code: list[list[str]], obstacles: tuple[str, ...]) -> bool:
-    """Whether a barrier comes before the end of the basic block and before any obstacle in global memory."""
+def _is_barrier(parts: list[str]) -> bool:
+    return parts[0] in ("bar", "barrier") and "warp" not in parts
+
+
+def _is_global(parts: list[str], operations: tuple[str, ...]) -> bool:
+    return parts[0] in operations and not {"shared", "param", "local", "const"}.intersection(parts)
+
+
+def _comes_behind_barriers(code: list[list[str]], origins: list[list[int]], index: int) -> bool:
+    """Whether all that leads to an instruction meets a barrier, with no write to global memory in between."""
+    seen, ahead = {index}, list(origins[index])
+    while ahead:
+        at = ahead.pop()
+        if at < 0 or _is_global(code[at], ("st", "atom", "red")):
+            return False
+        if at not in seen and not _is_barrier(code[at]):
+            seen.add(at)
+            ahead += origins[at]
+    return True
+
+
+def _meets_barrier(code: list[list[str]]) -> bool:
+    """Whether a barrier comes before the end of the basic block and before any access to global memory."""
     for parts in code:
-        if parts[0] in ("bar", "barrier") and "warp" not in parts:
+        if _is_barrier(parts):
             return True
-        elsewhere = {"shared", "param", "local", "const"}.intersection(parts)
-        if parts[0] in ("label", "ret") or (parts[0] in obstacles and not elsewhere):
+        if parts[0] in ("label", "bra", "ret") or _is_global(parts, ("ld", "st", "atom", "red")):
             return False
     return False

@@ -440,9 +440,15 @@ def fused_pass(
                 low, high = tl.load(scalar_row + SCALAR_CLIP_LOW), tl.load(scalar_row + SCALAR_CLIP_HIGH)
             # All threads of the program have written before one of them announces it.
             tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel", scope="gpu")
-            if arrived == chunks - 1:
-                p_sum, u_sum = _sums_of_squares(sums, chunks)
+            # A tensor of one chunk has nobody to agree with: its sums are there, as they would come back from partials.
+            p_sum = p_square.to(tl.float32).to(tl.float64)
+            u_sum = u_square.to(tl.float32).to(tl.float64)
+            last = chunks == 1
+            if chunks > 1:
+                last = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel", scope="gpu") == chunks - 1
+                if last:
+                    p_sum, u_sum = _sums_of_squares(sums, chunks)
+            if last:
                 if SHARDED:
                     # In 24 bits, so that sums over ranks are exact, in whatever order they are made.
                     tl.store(norm, p_sum.to(tl.float32).to(tl.float64))

@@ -179,7 +179,7 @@ def test_amdgcn() -> None:
 def test_ptx() -> None:
     assert ptx_synchronization(PTX) == (
         Synchronization("atom.add", "relaxed", "gpu", False, True),
-        Synchronization("ld", "acquire", "gpu", False, True),
+        Synchronization("ld", "acquire", "gpu", True, True),  # entered and repeated behind a barrier
         Synchronization("atom.add", "release", "gpu", False, True),  # a store lies between it and the barrier
         Synchronization("atom.cas", "acquire", "cta", True, False),
         Synchronization("red.add", "relaxed", "sys", False, False),
@@ -187,6 +187,29 @@ def test_ptx() -> None:
         Synchronization("fence", "", "gpu", False, False),
         Synchronization("st", "release", "gpu", False, False),
     )
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "behind"),
+    [
+        ("bar.sync 0;", "bar.sync 0;", True),
+        ("", "bar.sync 0;", False),
+        ("bar.sync 0;", "", False),
+        ("bar.sync 0;", "bar.sync 0; st.global.b32 [%rd1], %r1;", False),
+        ("bar.sync 0;", "@%p2 atom.global.gpu.relaxed.add.u32 %r2, [%rd1], 1; bar.sync 0;", True),
+        ("bar.sync 0;", "ret;", True),
+    ],
+)
+@pytest.mark.parametrize("before", ["", "bar.sync 0;"])
+def test_a_barrier_is_asked_for_on_every_way(left: str, right: str, behind: bool, before: str) -> None:
+    """One of two branches, with a loop behind them; and whether what both come from has a barrier already."""
+    lines = [
+        "st.global.b32 [%rd1], %r1;", before, "@%p1 bra $L__BB0_2;", left, "bra.uni $L__BB0_3;",
+        "$L__BB0_2:", right, "$L__BB0_3:", "ld.global.b32 %r2, [%rd1];", "@%p3 bra $L__BB0_3;",
+        "st.release.gpu.global.b32 [%rd1], %r1;", "ret;",
+    ]  # fmt: skip
+    *_, release = ptx_synchronization("\n".join(lines))
+    assert release.after_barrier == (behind or (before != "" and "st.global" not in right))
 
 
 def _code(*accesses: Access) -> MachineCode:

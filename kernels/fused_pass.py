@@ -10,7 +10,8 @@ item waits for its tensor's ratio; that only ever depends on items with lower ti
 work on in order, so that no number of resident programs is needed for progress. Partials are added in index order by
 one program: no float atomics, the same bits at every run.
 
-A chunk is the unit of work, of drawing, arriving and waiting; a tile is what a program has in its registers at a time.
+A chunk is the unit of work, of drawing, arriving and waiting; a tile is what a program has in its registers at a time:
+of stage B a whole chunk, where stage A leaves it only p and m to read.
 
 Two traps shaped the code. A mask computed from a length that was loaded makes every access scalar, so full tiles of
 aligned tensors take an unmasked loop, and everything else goes through a masked one. And pointers come as integers
@@ -65,7 +66,9 @@ PIECE = tl.constexpr(512)
 RUN = tl.constexpr(4)
 #: Partial sums that the last arrival adds per turn.
 PARTIALS_PER_TURN = tl.constexpr(256)
-#: Most elements of a tile of stage B where stage A writes.
+#: Most elements of a tile of stage B where stage A writes. No load moves ahead of a store, so that tiles of 2048 would
+#: wait for memory four times a chunk. With 8192 a chunk's loads come first (16 of float32), in at most 128 registers,
+#: which stage A needs in any case; with 16384, in chunks as large, some variants need 134, or 128 and spill 28 bytes.
 MOST_IN_B = tl.constexpr(8192)
 
 
@@ -112,7 +115,10 @@ def sums_of_runs(x):
 
 @triton.jit
 def _sums_of_both(x, y):
-    """The sums of two blocks, for which all threads wait together."""
+    """The sums of two blocks, for which all threads wait together: 18 barriers in the kernel instead of 27.
+
+    As one block and not by ``tl.reduce`` over a pair, for which Triton's interpreter calls Python at every element.
+    """
     return tl.split(tl.sum(tl.join(x, y), axis=0))
 
 
@@ -438,9 +444,9 @@ def fused_pass(
             else:
                 gamma = tl.load(scalar_row + SCALAR_TRUST_COEFFICIENT)
                 low, high = tl.load(scalar_row + SCALAR_CLIP_LOW), tl.load(scalar_row + SCALAR_CLIP_HIGH)
-            # All threads of the program have written before one of them announces it.
+            # All threads of the program have written before one of them announces it, by an arrival or by a flag.
             tl.debug_barrier()
-            # A tensor of one chunk has nobody to agree with: its sums are there, as they would come back from partials.
+            # A tensor of one chunk has nobody to agree with. Its sums are here, rounded as partials would be.
             p_sum = p_square.to(tl.float32).to(tl.float64)
             u_sum = u_square.to(tl.float32).to(tl.float64)
             last = chunks == 1
@@ -466,7 +472,7 @@ def fused_pass(
             ratio = _from_flag(flag)
             wide = start
             if A_WRITES:
-                B_TILE: tl.constexpr = min(CHUNK, MOST_IN_B)
+                B_TILE: tl.constexpr = max(TILE, min(CHUNK, MOST_IN_B))
                 wide = end_of_full_tiles(start, stop, access, B_TILE)
                 for tile in range(start, wide, B_TILE):
                     at = tile + tl.arange(0, B_TILE).to(tl.int64)

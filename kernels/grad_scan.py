@@ -43,8 +43,11 @@ def grad_scan(
     run_non_finite = tl.zeros([TILE // RUN], dtype=tl.int32)
     squares = tl.full([], 0.0, tl.float64)
     non_finite = tl.full([], 0, tl.int32)
-    for i in range(program, item_count, tl.num_programs(0)):
-        item = tl.load(items + i)
+    programs = tl.num_programs(0)
+    item = tl.load(items + program, mask=program < item_count, other=0)
+    for i in range(program, item_count, programs):
+        # One ahead: otherwise a chunk's gradients would wait for two loads, one behind the other.
+        next_item = tl.load(items + i + programs, mask=i + programs < item_count, other=0)
         tensor = item >> TENSOR_SHIFT
         row = tensors + tensor * TENSOR_WIDTH
         g_address = tl.load(grads + tensor)
@@ -63,5 +66,6 @@ def grad_scan(
             s, n = _measures(tl.load(g_ptr + g_at, mask=mask, other=0.0))
             squares += tl.sum(s)
             non_finite += tl.sum(n)
+        item = next_item
     tl.store(rows + 2 * program, squares + tl.sum(run_squares))
     tl.store(rows + 2 * program + 1, (non_finite + tl.sum(run_non_finite)).to(tl.float64))

@@ -20,10 +20,6 @@ TENSOR_COLUMNS = (
     "ROUNDING_KEY",
     "NORMS_ROW",
 )
-(
-    PARAM, GRAD_EMA, MOMENTUM_BUFFER, COMPENSATION, NUMEL, FIRST_CHUNK, CHUNKS, GROUP, ACCESS, DIMS, ROUNDING_KEY,
-    NORMS_ROW,
-) = range(len(TENSOR_COLUMNS))  # fmt: skip
 
 #: float64 table with a row per parameter of an optimizer that has shards: sums of squares of p and u, over all ranks in
 #: the end, and the number of ranks with a gradient.

@@ -2,7 +2,8 @@
 
 Programs draw tickets from a counter, each one ahead of the item that they work on. Stage A leaves a partial sum per
 chunk and arrives; the last to arrive adds the partials up and publishes the ratio that follows, which is the tensor's
-flag itself. Stage B waits for it and writes its chunk of p.
+flag itself. Who has a tensor's only chunk does so without arriving. Stage B waits for the flag and writes its chunk of
+p.
 Each step named in `Protocol` is one atomic action; the actions of different programs interleave in any order.
 
 Memory is weak, along happens-before. A plain store belongs at first to the view of its program alone. A release adds
@@ -39,6 +40,7 @@ class Protocol:
     stage_a: tuple[str, ...] = ("store partial", "draw next", "arrive", "publish ratio")
     stage_b: tuple[str, ...] = ("draw next", "wait", "write p")
     arrives_last: Callable[[int, int, int], bool] = arrives_last
+    lone_chunks_arrive: bool = False
     arrival_releases: bool = True
     arrival_acquires: bool = True
     ready_releases: bool = True
@@ -206,7 +208,7 @@ class Explorer:
         step += 1
         if action == "store partial":
             view |= 1 << self.first[t] + chunk
-        elif action == "arrive":
+        elif action == "arrive" and (self.chunks[t] > 1 or self.protocol.lone_chunks_arrive):
             if not self.protocol.arrives_last(arrivals, chunk, self.chunks[t]):
                 step = len(self.protocol.stage_a)
             carried = arrivals_carry
@@ -215,6 +217,8 @@ class Explorer:
                 arrivals_carry |= view
             if self.protocol.arrival_acquires:
                 view |= carried
+        elif action == "arrive":
+            pass  # nobody to agree with: no access to memory, and so nothing that it orders
         elif action == "publish ratio":
             need("partial", partials, stored, view)
             if ready:

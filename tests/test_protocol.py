@@ -171,6 +171,29 @@ def test_stage_b_may_draw_at_any_time(stage_b: tuple[str, ...]) -> None:
             assert report.fault is None, (report.fault, report.trace)
 
 
+@pytest.mark.parametrize("chunks", [(1,), (1, 1), (1, 2), (2, 1, 0, 1)], ids=str)
+def test_a_tensor_of_one_chunk_may_arrive_or_not(chunks: tuple[int, ...]) -> None:
+    for launches, arrive in product(plans(chunks), (False, True)):
+        report = Explorer(chunks, launches, 3, Protocol(lone_chunks_arrive=arrive)).explore()
+        assert report.fault is None, (report.fault, report.trace)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "fault"),
+    [
+        (Protocol(arrival_releases=False, arrival_acquires=False), None),
+        (Protocol(arrives_last=lambda order, _, count: order == count), None),
+        (Protocol(ready_releases=False), "partial not visible"),
+        (Protocol(wait_acquires=False), "partial not visible"),
+        (Protocol(stage_a=("draw next", "arrive", "publish ratio", "store partial")), "partial not stored"),
+    ],
+)
+def test_of_one_chunk_the_flag_alone_is_what_orders(protocol: Protocol, fault: str | None) -> None:
+    found = {Explorer((1, 1), launches, 2, protocol).explore().fault for launches in plans((1, 1), [0, 1, 2])}
+    # In two launches the end of the first makes everything visible.
+    assert found - {None} == {fault} - {None}
+
+
 def test_two_launches_need_no_wait() -> None:
     report = Explorer((2, 1), two_launches((2, 1)), 3, Protocol(stage_b=("write p",))).explore()
     assert report.fault is None

@@ -3,9 +3,9 @@
 Time: programs draw items in ticket order, each one ahead. Memory serves them in the order in which they begin, at its
 bandwidth. An item of stage A takes that long and no less than its latencies. One of stage B, whose stores nobody waits
 for, takes its latencies alone where stage A has left it all it loads, and as long as A's where A only reads, so that B
-fetches m itself (and, an upper bound, its stores). Latencies are ASSUMED: ITEM_SECONDS and TILE_SECONDS. The last item
-of a tensor's stage A makes the trust ratio besides, in RATIO_SECONDS, also assumed; stage B waits for it, and begins
-then.
+fetches m itself (and, an upper bound, its stores). Latencies are ASSUMED: ITEM_SECONDS, TILE_SECONDS, and how long
+what B loads takes from the L2 cache, L2_BYTES_PER_S. The last item of a tensor's stage A makes the trust ratio
+besides, in RATIO_SECONDS, also assumed; stage B waits for it, and begins then.
 
 Bytes: the cache is fully associative, replaces what was used least recently, and holds all of a chunk's tensors or
 none: p, g, h and m of 8192 float32 elements are 128 KiB of some 50 MB. An item uses its chunk when half of its time is
@@ -39,15 +39,19 @@ from fused_dals.worklist import packed_work_list
 Integers = NDArray[np.int64]
 
 #: Of an item of stage A and of stage B, beside its tiles: reading the tensor's row, then drawing the next ticket while
-#: stores are on their way and arriving behind them, or looking at a flag.
-ITEM_SECONDS = (1.3e-6, 0.7e-6)
-#: Of a tile, whose loads are under way together: from memory, and from the L2 cache, where the machine code loads the
-#: next one before it stores.
+#: stores are on their way, two sums over all threads and arriving, or looking at a flag.
+ITEM_SECONDS = (1.1e-6, 0.7e-6)
+#: Of a tile, whose loads are under way together: from memory, and of stage B the way to the L2 cache and back. Tiles
+#: come one after the other: in the machine code the next one's loads stand behind the stores.
 TILE_SECONDS = (0.8e-6, 0.2e-6)
+#: What one multiprocessor gets from its L2 cache: 64 bytes a clock of 1.7 GHz. What stage B loads comes at that pace.
+L2_BYTES_PER_S = 110e9
 
 #: Of a trust ratio, and besides for every 1024 chunks: fetching what the chunks have left, two sums over all threads,
 #: two roots and a division, and a flag behind a fence.
-RATIO_SECONDS = (1.5e-6, 0.4e-6)
+RATIO_SECONDS = (1.3e-6, 0.4e-6)
+#: What a tensor of one chunk is spared of all that: to arrive, to fetch and to add.
+LONE_CHUNK_SECONDS = 1.2e-6
 
 #: What happens to an item: it is taken up, its tensor's trust ratio is there for it, it is done, and, of a tensor's
 #: last item of stage A, so is the ratio.
@@ -68,8 +72,14 @@ class PassPlan:
     evict_first: bool = True
     programs: int = 1
     tile: int = TILE
+    most_in_b: int = layout.MOST_IN_B  # elements of a tile of stage B, where A writes
     bandwidth: float = 0.0
     merged: int = 1  # chunks of the pass in one of these
+
+    @property
+    def tile_of_b(self) -> int:
+        """Elements that stage B loads before it stores."""
+        return max(self.tile, min(self.chunk // self.merged, self.most_in_b)) if self.stage_a_writes else self.tile
 
     def coarser(self, most_chunks: int) -> PassPlan:
         """The same in fewer, larger chunks: quicker to replay, the blur of a few of them.
@@ -179,8 +189,10 @@ def _memory_bytes(plan: PassPlan) -> tuple[int, int]:
 def _durations(plan: PassPlan, items: _Items) -> tuple[list[int], list[float]]:
     """Of every item: its bytes, and the bytes that memory could move while its latencies last."""
     stage, elements = np.array(items.stage, dtype=np.int64), np.array(items.elements, dtype=np.int64)
-    tiles = -(-elements // (plan.merged * plan.tile))
-    seconds = np.array(ITEM_SECONDS)[stage] + tiles * np.array(TILE_SECONDS)[stage]
+    tiles = -(-elements // (plan.merged * np.array([plan.tile, plan.tile_of_b])[stage]))
+    p, g, state = item_sizes(plan.dtypes)
+    loaded = np.array([0, p + state if plan.stage_a_writes else p + g + 2 * state])[stage] * elements / plan.merged
+    seconds = np.array(ITEM_SECONDS)[stage] + tiles * np.array(TILE_SECONDS)[stage] + loaded / L2_BYTES_PER_S
     moved: Integers = np.array(_memory_bytes(plan))[stage] * elements
     return moved.tolist(), (plan.bandwidth * seconds).tolist()
 
@@ -196,6 +208,9 @@ def _in_order_of_use(plan: PassPlan, items: _Items) -> tuple[Sequence[int], floa
     ratio_times = [
         plan.bandwidth * (RATIO_SECONDS[0] + RATIO_SECONDS[1] * plan.merged * chunks / 1024) for chunks in items.chunks
     ]
+    for tensor, size in enumerate(plan.sizes):
+        if size * plan.merged <= plan.chunk:
+            ratio_times[tensor] -= plan.bandwidth * LONE_CHUNK_SECONDS
     following = [count] * plan.programs  # tickets drawn ahead
     waiting: dict[int, list[tuple[float, int, int]]] = {}
     events = [(0.0, program, program, BEGINS) for program in range(drawn)]

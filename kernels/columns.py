@@ -71,8 +71,9 @@ LOSS_EMA = tl.constexpr(layout.LOSS_EMA)
 LOSS_DROP = tl.constexpr(layout.LOSS_DROP)
 SKIPPED_STEPS = tl.constexpr(layout.SKIPPED_STEPS)
 
-# Rows of norms, ticket counters, work items.
+# Rows of norms, ticket counters, work items, tiles.
 NORMS_WIDTH = tl.constexpr(layout.NORMS_WIDTH)
 DROPPED = tl.constexpr(layout.DROPPED)
 CHUNK_MASK = tl.constexpr(layout.CHUNK_MASK)
 TENSOR_SHIFT = tl.constexpr(layout.TENSOR_SHIFT)
+MOST_IN_B = tl.constexpr(layout.MOST_IN_B)

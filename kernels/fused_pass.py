@@ -35,6 +35,7 @@ from fused_dals.kernels.columns import (
     GROUP,
     MAX_DIMS,
     MOMENTUM_BUFFER,
+    MOST_IN_B,
     NORMS_ROW,
     NORMS_WIDTH,
     NUMEL,
@@ -66,10 +67,6 @@ PIECE = tl.constexpr(512)
 RUN = tl.constexpr(4)
 #: Partial sums that the last arrival adds per turn.
 PARTIALS_PER_TURN = tl.constexpr(256)
-#: Most elements of a tile of stage B where stage A writes. No load moves ahead of a store, so that tiles of 2048 would
-#: wait for memory four times a chunk. With 8192 a chunk's loads come first (16 of float32), in at most 128 registers,
-#: which stage A needs in any case; with 16384, in chunks as large, some variants need 134, or 128 and spill 28 bytes.
-MOST_IN_B = tl.constexpr(8192)
 
 
 @triton.jit

@@ -54,6 +54,11 @@ DROPPED = 1 << 30
 #: Elements of a chunk, the unit of work, and of a tile, what a program has in its registers at a time; warps of a
 #: program. 2048 float32 elements of 8 warps are 8 a thread, two 16-byte loads per tensor. All wait for a measurement.
 CHUNK, TILE, NUM_WARPS = 8192, 2048, 8
+#: Most elements of a tile of stage B where stage A writes, otherwise a whole chunk. No load moves ahead of a store, so
+#: that tiles of 2048 would wait for memory four times a chunk. With 8192 a chunk's loads come first (16 of float32), in
+#: at most 128 registers, which stage A needs in any case; with 16384 some variants need 134, or spill 28 bytes. With 4
+#: warps, and 255 registers, nothing spills but in tiles of 4096, one variant 32 bytes (8 with tiles of that size in B).
+MOST_IN_B = 8192
 #: Tile of the scan, which has one tensor to load and no more than 80 registers.
 SCAN_TILE = 4096
 

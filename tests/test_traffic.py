@@ -20,6 +20,8 @@ from bench.cache_model import PassPlan, Traffic, bounds, predict, window_chunks
 from bench.shapes import SHAPES
 from bench.traffic import Cell, Score, best_chunk, best_share, cells_of, scores_of
 from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
+from fused_dals.fused import TILE
+from fused_dals.kernels.layout import MOST_IN_B
 from fused_dals.worklist import STAGE_A, work_list
 
 FP32 = STEP_DTYPES["fp32"]
@@ -92,7 +94,9 @@ def test_waiting(programs: int) -> None:
 def assume(
     monkeypatch: pytest.MonkeyPatch, item: tuple[float, float], tile: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
-    """Latencies in place of the model's."""
+    """Latencies in place of the model's, with bytes from the cache and lone chunks as quick as others."""
+    monkeypatch.setattr("bench.cache_model.L2_BYTES_PER_S", math.inf)
+    monkeypatch.setattr("bench.cache_model.LONE_CHUNK_SECONDS", 0.0)
     for name, seconds in {"ITEM": item, "TILE": tile, "RATIO": ratio}.items():
         monkeypatch.setattr(f"bench.cache_model.{name}_SECONDS", seconds)
 
@@ -104,7 +108,10 @@ def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     one = plan([10], bandwidth=1.0)
     assert traffic_of(one, everything).slowness == pytest.approx((250 + 120) / 280)
     assert traffic_of(one, 0).slowness == pytest.approx((250 + 120 + 80) / 280)
-    assert traffic_of(plan([10], bandwidth=1.0, tile=4), everything).slowness == pytest.approx((350 + 160) / 280)
+    # Stage A takes three tiles of 4, stage B one, or three as well if its tiles may be no larger.
+    tiles = plan([10], bandwidth=1.0, tile=4)
+    assert traffic_of(tiles, everything).slowness == pytest.approx((350 + 120) / 280)
+    assert traffic_of(replace(tiles, most_in_b=4), everything).slowness == pytest.approx((350 + 160) / 280)
     # At half the speed latencies hide behind the bytes of stage A.
     assert traffic_of(plan([10], bandwidth=0.5), everything).slowness == pytest.approx((240 + 60) / 280)
     # Where A only reads, it moves 120 bytes, and B, which reads m and writes all, 160.
@@ -114,6 +121,37 @@ def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     # Memory serves one after the other: who is done with its own at 240 takes up what is done at 480.
     two = traffic_of(plan([10, 10], window=2, programs=2, bandwidth=1e-9), everything)
     assert two.slowness == pytest.approx(1.0) and two.waiting == pytest.approx(0.25)
+
+
+def test_the_tile_of_stage_b() -> None:
+    """A chunk, no more than the kernel has registers for, no less than stage A's; where A only reads, the same."""
+    assert PassPlan((), FP32, 0).tile_of_b == CHUNK
+    assert PassPlan((), FP32, 0, chunk=16384).tile_of_b == MOST_IN_B
+    assert PassPlan((), FP32, 0, chunk=4096, tile=4096).tile_of_b == 4096
+    assert PassPlan((), FP32, 0, most_in_b=0).tile_of_b == PassPlan((), FP32, 0, stage_a_writes=False).tile_of_b == TILE
+    coarse = PassPlan((100 * CHUNK,), FP32, 0).coarser(10)
+    assert coarse.chunk == 10 * CHUNK and coarse.tile_of_b == CHUNK
+
+
+def test_stage_b_loads_from_the_cache_at_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 bytes of p and m, or 160 of all four, at half a byte a second."""
+    assume(monkeypatch, (500.0, 100.0), (0.0, 0.0), (0.0, 0.0))
+    monkeypatch.setattr("bench.cache_model.L2_BYTES_PER_S", 0.5)
+    one = plan([10], bandwidth=1.0)
+    assert traffic_of(one, 10**6).slowness == pytest.approx((500 + 100 + 160) / 280)
+    assert traffic_of(replace(one, chunk=20, merged=2), 10**6).slowness == pytest.approx((500 + 100 + 80) / 280)
+    reads = replace(one, stage_a_writes=False)
+    assert traffic_of(reads, 10**6).slowness == pytest.approx((500 + 100 + 320) / 280)
+
+
+def test_a_lone_chunk_need_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors of one chunk, and of three, which coarser chunks do not take for one."""
+    assume(monkeypatch, (500.0, 100.0), (0.0, 0.0), (70.0, 0.0))
+    monkeypatch.setattr("bench.cache_model.LONE_CHUNK_SECONDS", 60.0)
+    assert traffic_of(plan([10], bandwidth=1.0), 10**6).slowness == pytest.approx((500 + 10 + 100) / 280)
+    assert traffic_of(plan([30], bandwidth=1.0), 10**6).slowness == pytest.approx((3 * 500 + 70 + 3 * 100) / 840)
+    merged = plan([30], bandwidth=1.0, chunk=30, merged=3)
+    assert traffic_of(merged, 10**6).slowness == pytest.approx((30 * 24 + 70 + 30 * 4) / 840)
 
 
 def test_bandwidth_that_nobody_used_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,10 +284,10 @@ def test_coarser_chunks_change_little(model: str, writes: bool) -> None:
     coarse = fine.coarser(traffic.MOST_CHUNKS)
     assert coarse.chunk > fine.chunk
     one, other = (traffic_of(replayed, 30_000_000) for replayed in (fine, coarse))
-    close = 0.01 if writes else 0.02
+    close = 0.01 if writes else 0.03
     assert one.per_parameter == pytest.approx(other.per_parameter, rel=close)
     assert one.slowness == pytest.approx(other.slowness, rel=close)
-    assert one.waiting == pytest.approx(other.waiting, abs=0.015)
+    assert one.waiting == pytest.approx(other.waiting, abs=0.015 if writes else 0.02)
 
 
 def test_windows_in_chunks() -> None:

@@ -110,6 +110,7 @@ def test_arrivals_release_behind_a_barrier_and_waits_acquire(compiled: list[tupl
         published = [] if id(code) in shards else ["atom.exch"]
         assert [one.operation for one in arrival] == ["atom.add"]
         assert [one.operation for one in publication] == published
+        # On every way: who has a tensor's only chunk comes to the publication without an arrival.
         assert all(one.after_barrier for one in arrival + publication), (
             "all threads have written before one announces it"
         )
@@ -136,6 +137,14 @@ def test_warps_of_a_program_do_not_wait_for_each_other_between_tiles(ptx: dict[s
         (loop,) = (block for block in loops if len(re.findall(r"ld\.global\S*\.v4", block)) == loads)
         assert ("bar.sync" in loop) == (name == "mixed") and "shfl" not in loop
         assert len(re.findall(r"ld\.global\S*\.v2", loop)) == (4 if name == "mixed, same runs" else 0)
+
+
+def test_stage_b_asks_for_all_of_a_chunk_before_it_stores(ptx: dict[str, str]) -> None:
+    """p and m of 8192 elements, 32 a thread, in accesses of 16 bytes; and p is stored."""
+    for name, (loads, stores) in {"fp32": (16, 8), "bf16": (8, 4), "mixed": (12, 4)}.items():
+        blocks = re.split(r"^\$L__BB", ptx[name], flags=re.MULTILINE)
+        kinds = [re.findall(r"\b(ld|st)\.global\S*\.v4", block.partition(" bra ")[0]) for block in blocks]
+        assert ["ld"] * loads + ["st"] * stores in kinds
 
 
 def test_marks_are_for_the_l2_cache(ptx: dict[str, str]) -> None:

@@ -26,7 +26,7 @@ CHUNK: int = layout.CHUNK
 
 #: Bytes between stages A and B of a tensor, as a share of the L2 cache. Not measured: from 7/16 to 3/4 `python -m bench
 #: traffic` predicts the same speed to a percent, over eight models, six GPUs, 60 or 90 % of the cache usable, and
-#: marks heeded or not. This one is the fastest of them on an H200, and loses least in the worst of all cases.
+#: marks heeded or not. This one is the fastest of them on an H200.
 WINDOW_SHARE_OF_L2 = 0.75
 L2_BYTES_WITHOUT_DEVICE = 4 << 20
 

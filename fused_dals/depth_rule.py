@@ -83,6 +83,15 @@ def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
         )
 
 
+def repeated_name_warning(where: str, name: str) -> str:
+    """What is said where parameters of two groups have one name, and depths go by names."""
+    return (
+        f"{where}: parameter name {name!r} is in another group, too. Depths go by names, so these parameters are taken "
+        'for one, and depths are likely wrong. Give names of the whole model: model.head.named_parameters(prefix="head") '
+        "instead of model.head.named_parameters(), and depth=infer_depths(model) with them."
+    )
+
+
 def _matches(expression: str, name: str) -> bool:
     try:
         return re.fullmatch(expression, name) is not None
@@ -146,6 +155,12 @@ class DepthMap:
         else:
             return
         self._explicit |= found
+
+    def goes_by_name(self, group_index: int, name: str, rule: DepthRule) -> bool:
+        """Whether the depth under ``rule`` is that of any other parameter with this name; numbers are no rule here."""
+        if rule is self.rule and isinstance(rule, Mapping):
+            return True
+        return (group_index, name) not in self._explicit
 
     def relabel(self, group_index: int, before: Iterable[str], after: Iterable[str]) -> None:
         """Keep what was said of a group's parameters when a checkpoint gave them names."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fused_dals.checkpoint import load_checkpoint, own_memory, pack_dtypes
-from fused_dals.depth_rule import DepthMap, DepthRule, check_depth_keys, check_rule
+from fused_dals.depth_rule import DepthMap, DepthRule, check_depth_keys, check_rule, repeated_name_warning
 from fused_dals.gather import create_missing_state, group_labels, parameter_names, unique_labels
 from fused_dals.hyperparameters import (
     check_flag,
@@ -35,6 +35,12 @@ from fused_dals.stats import trust_ratios_by_label
 from fused_dals.stepper import Stepper
 
 Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+#: What a group with names of another may be besides a mistake.
+OF_MODELS = (
+    ' For models of their own, as in a GAN, give each group its own: {"params": ..., "depth": infer_depths(its_model)}.'
+)
 
 
 class DALS(torch.optim.Optimizer):
@@ -215,6 +221,7 @@ class DALS(torch.optim.Optimizer):
             if rule is not depths.rule:
                 check_depth_keys(rule, names or (), where)
             depths.learn_rule(rule, index, labelled, where)
+            known = [name for name in names or () if name in depths.names]
             depths.learn_names(names or ())
             params = param_group["params"]
             shapes = None if any(map(is_lazy, params)) else [tuple(param.shape) for param in params]
@@ -228,12 +235,25 @@ class DALS(torch.optim.Optimizer):
         if not isinstance(rule, str | Mapping) and not callable(rule):
             param_group["depth"] = float(rule)
         self._stepper().write_counters()
+        self._warn_of_repeated_names(index, known, rule)
         if names is None and depths.ranks_positions(index, group_labels(param_group, index), param_group.get("depth")):
             self._runtime.warn_once(
                 "names",
                 f"{type(self).__name__} got parameters without names: their depth is their rank within the group. "
                 "Pass the model itself or model.named_parameters(), or set depth.",
             )
+
+    def _warn_of_repeated_names(self, index: int, known: Sequence[str], rule: DepthRule) -> None:
+        """Once, where a name among ``known`` is that of a parameter of an earlier group, and gives the depth."""
+        if "depth" in self.param_groups[index]:  # a number for the whole group
+            return
+        by_name = [name for name in known if self._runtime.depths.goes_by_name(index, name, rule)]
+        if not by_name:
+            return
+        elsewhere = {name for group in self.param_groups[:index] for name in parameter_names(group) or ()}
+        repeated = [name for name in by_name if name in elsewhere]
+        if repeated:
+            self._runtime.warn_once("repeated names", repeated_name_warning(f"group {index}", repeated[0]) + OF_MODELS)
 
     # -- the loss -----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.hooks import RemovableHandle
 
 from fused_dals.depth import depths_from_names
+from fused_dals.depth_rule import repeated_name_warning
 from fused_dals.optimizer import DALS
 
 
@@ -52,6 +55,9 @@ class ZeroDALS(ZeroRedundancyOptimizer):
             raise TypeError(f"ZeroDALS: depth must be a dict of names to depths, got {type(depth).__name__}")
         groups, name_of = _without_names(params)
         depths = depths_from_names([list(name_of.values())]) if depth is None else depth
+        repeated = [name for name, count in Counter(name_of.values()).items() if count > 1]
+        if repeated:
+            warnings.warn(repeated_name_warning("ZeroDALS", repeated[0]), stacklevel=2)
         without = [name for name in name_of.values() if name not in depths]
         if without:
             raise ValueError(f"ZeroDALS: depth has no entry for parameter {without[0]!r}")

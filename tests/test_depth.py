@@ -148,7 +148,7 @@ def test_equal_names_in_two_groups_are_told_apart() -> None:
     optimizer = DALS(
         [
             {"params": g.named_parameters(), "depth": lambda name, p: 0.1},
-            {"params": d.named_parameters(), "depth": {"0.weight": 0.9}},
+            {"params": d.named_parameters(), "depth": {**infer_depths(d), "0.weight": 0.9}},
         ]
     )
     depths = optimizer.depths()
@@ -159,6 +159,50 @@ def test_equal_names_in_two_groups_are_told_apart() -> None:
     assert list(optimizer.trust_ratios()) == list(depths)
     del optimizer.param_groups[1]
     assert len(optimizer.trust_ratios()) == 4
+
+
+class Halves(nn.Module):
+    """Two submodules whose parameters have the same names, as seen from each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.head = mlp(2, 3, 4), mlp(4, 2)
+
+
+def test_a_name_in_two_groups_is_warned_of_once() -> None:
+    model = Halves()
+    halves = lambda: [{"params": model.base.named_parameters()}, {"params": model.head.named_parameters()}]  # noqa: E731
+    with pytest.warns(
+        UserWarning, match=r"group 1: parameter name '0.weight' is in another group, too.*prefix="
+    ) as seen:
+        DALS(halves())
+    assert len(seen) == 1 and seen[0].filename == __file__
+    for depth in ({"0.weight": 0.5}, infer_depths(model.base)):
+        with pytest.warns(UserWarning, match="'0.weight' is in another group, too"):
+            DALS(halves(), depth=depth)
+    with pytest.warns(UserWarning, match="'0.bias' is in another group, too"):
+        groups = halves()
+        DALS([groups[0], {**groups[1], "depth": {"0.weight": 1.0}}])
+
+
+def test_names_of_the_whole_model_and_depths_of_ones_own_are_not_warned_of() -> None:
+    model = Halves()
+    groups = [{"params": getattr(model, name).named_parameters(prefix=name)} for name in ("base", "head")]
+    assert DALS(groups).depths() == infer_depths(model)
+    groups = [{"params": getattr(model, name).named_parameters(prefix=name)} for name in ("base", "head")]
+    assert DALS(groups, depth=infer_depths(model)).depths() == infer_depths(model)
+    halves = (model.base, model.head)
+    DALS([{"params": half.named_parameters(), "depth": infer_depths(half)} for half in halves])
+    DALS([{"params": half.named_parameters(), "depth": 0.5} for half in halves])
+    DALS([{"params": half.named_parameters()} for half in halves], depth=lambda name, p: 0.5)
+
+
+def test_a_group_may_leave_and_come_back() -> None:
+    model = mlp(2, 2, 2)
+    optimizer = DALS([{"params": [pair]} for pair in model.named_parameters()])
+    group = optimizer.param_groups.pop()
+    optimizer.add_param_group({"params": list(zip(group["param_names"], group["params"], strict=True))})
+    assert optimizer.depths() == infer_depths(model)
 
 
 def test_a_literal_key_is_no_expression() -> None:

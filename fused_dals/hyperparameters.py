@@ -62,8 +62,12 @@ _KNOWN_KEYS = {"params", "lr", *DALSOptions.__annotations__, *COUNTERS}
 
 
 def check_group_keys(group: Mapping[str, Any], where: str) -> None:
-    """Refuse a key that is a misspelt hyperparameter. Other foreign keys are the user's own, as in torch.optim."""
+    """Refuse what is of the whole optimizer, and misspelt hyperparameters; other keys are the user's, as in torch."""
     for key in group:
+        if key in OPTIMIZER_KEYS:
+            raise TypeError(
+                f"{where}: {key} is of the optimizer as a whole, not of a group: give it to the constructor"
+            )
         if key in _KNOWN_KEYS:
             continue
         close = difflib.get_close_matches(str(key), _KNOWN_KEYS, n=1, cutoff=0.85)

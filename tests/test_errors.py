@@ -85,6 +85,16 @@ def test_a_misspelt_group_key_is_found(key: str, meant: str) -> None:
         DALS([{"params": mlp(2, 2).named_parameters(), key: 0.1}])
 
 
+@pytest.mark.parametrize("key", ["amp_fused", "loss_group", "partition_group"])
+def test_a_group_cannot_have_what_is_of_the_whole_optimizer(key: str) -> None:
+    with pytest.raises(TypeError, match=f"group 0: {key} is of the optimizer as a whole"):
+        DALS([{"params": mlp(2, 2).named_parameters(), key: None}])
+    optimizer = DALS(mlp(2, 2))
+    with pytest.raises(TypeError, match=f"group 1: {key} is of the optimizer as a whole"):
+        optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(1)))], key: False})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_list_changed_in_place_is_checked(seed: int) -> None:
     model = ConvNet()
     optimizer = DALS(model, ema_decay=[0.3, 0.6, 0.7])

@@ -13,9 +13,44 @@ from typing import Literal
 
 from torch import nn
 
+#: The names under which wrappers hold what they wrap: DistributedDataParallel and DataParallel, torch.compile.
+WRAPPED = ("module", "_orig_mod")
+
 
 class Depths(dict[str, float]):
     """Depths of all parameters of a model by name, of which an optimizer may hold a part, as pipeline stages do."""
+
+    def of(self, names: Iterable[str]) -> dict[str, float]:
+        """The depths of those ``names`` that it knows, be they of the model or of it or its modules in wrappers."""
+        names = list(names)
+        found = {name: self[name] for name in names if name in self}
+        if len(found) < len(names):
+            by_plain_name: dict[str, set[float]] = {}
+            for name, depth in self.items():
+                by_plain_name.setdefault(plain_name(name), set()).add(depth)
+            for name in names:
+                depths = by_plain_name.get(plain_name(name), ())
+                if name not in found and len(depths) == 1:  # of several modules that only wrappers tell apart, none
+                    found[name] = min(depths)
+        return found
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the parts that wrappers put in, at its beginning or inside."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """What wrappers around a model hold, and what they put before its names."""
+    prefix = ""
+    while True:
+        children = dict(model.named_children())
+        if len(children) != 1 or any(True for _ in model.parameters(recurse=False)):
+            return model, prefix
+        ((name, child),) = children.items()
+        if name not in WRAPPED:
+            return model, prefix
+        model, prefix = child, f"{prefix}{name}."
 
 
 def infer_depths(model: nn.Module, granularity: Literal["modules", "children"] = "modules") -> Depths:
@@ -29,7 +64,8 @@ def infer_depths(model: nn.Module, granularity: Literal["modules", "children"] =
 
     For a pipeline stage or any other part of a model, give the whole model here (on the meta device, say), and the
     result to the optimizer of the part. A single module or child has depth 0.5. Tied parameters have one name, that of
-    their first owner.
+    their first owner. Wrappers (DistributedDataParallel, DataParallel, torch.compile) change no depth, around
+    this model or around the one whose names the optimizer is given.
 
     Raises:
         TypeError: model is not a module. ValueError: unknown granularity.
@@ -40,10 +76,13 @@ def infer_depths(model: nn.Module, granularity: Literal["modules", "children"] =
     if granularity == "modules":
         return Depths(depths_from_names([names]))
     if granularity == "children":
+        model, prefix = unwrapped(model)
         children = [name for name, _ in model.named_children()]
         depth_of_child = dict(zip(children, evenly_spaced(len(children)), strict=True))
         depth_of_root = 0.0 if children else 0.5
-        return Depths({name: depth_of_child.get(name.split(".")[0], depth_of_root) for name in names})
+        return Depths(
+            {name: depth_of_child.get(name.removeprefix(prefix).split(".")[0], depth_of_root) for name in names}
+        )
     raise ValueError(f"infer_depths: granularity must be 'modules' or 'children', got {granularity!r}")
 
 

@@ -59,7 +59,7 @@ def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
         return
     known = set(names)
     if isinstance(rule, Depths):
-        unknown = sorted(known.difference(rule))
+        unknown = sorted(known.difference(rule.of(known)))
         if unknown:
             raise ValueError(
                 f"{where}: depth does not know parameter {unknown[0]!r}; infer_depths was given a model with names "
@@ -87,8 +87,8 @@ def repeated_name_warning(where: str, name: str) -> str:
     """What is said where parameters of two groups have one name, and depths go by names."""
     return (
         f"{where}: parameter name {name!r} is in another group, too. Depths go by names, so these parameters are taken "
-        'for one, and depths are likely wrong. Give names of the whole model: model.head.named_parameters(prefix="head") '
-        "instead of model.head.named_parameters(), and depth=infer_depths(model) with them."
+        "for one, and depths are likely wrong. Give names of the whole model, such as "
+        'model.head.named_parameters(prefix="head") has, and depth=infer_depths(model) with them.'
     )
 
 
@@ -139,7 +139,9 @@ class DepthMap:
         A dict need not cover all of them. An exact name wins over a regular expression, an earlier one over a later;
         a key that is some parameter's name is never taken for an expression.
         """
-        if isinstance(rule, Mapping):
+        if isinstance(rule, Depths):
+            found = {(group_index, label): d for label, d in rule.of([label for label, _ in labelled]).items()}
+        elif isinstance(rule, Mapping):
             labels = [label for label, _ in labelled]
             literal = {*self.names, *labels}
             found = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.hooks import RemovableHandle
 
-from fused_dals.depth import depths_from_names
+from fused_dals.depth import Depths, depths_from_names
 from fused_dals.depth_rule import repeated_name_warning
 from fused_dals.optimizer import DALS
 
@@ -55,6 +55,7 @@ class ZeroDALS(ZeroRedundancyOptimizer):
             raise TypeError(f"ZeroDALS: depth must be a dict of names to depths, got {type(depth).__name__}")
         groups, name_of = _without_names(params)
         depths = depths_from_names([list(name_of.values())]) if depth is None else depth
+        depths = depths.of(name_of.values()) if isinstance(depths, Depths) else depths
         repeated = [name for name, count in Counter(name_of.values()).items() if count > 1]
         if repeated:
             warnings.warn(repeated_name_warning("ZeroDALS", repeated[0]), stacklevel=2)

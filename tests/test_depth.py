@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -145,10 +146,11 @@ def test_contradicting_groups_fall_back_to_the_order_of_appearance() -> None:
 def test_equal_names_in_two_groups_are_told_apart() -> None:
     """Generator and discriminator in one optimizer."""
     g, d = mlp(2, 2, 2), mlp(2, 2, 2)
+    depths_of_d: dict[str, float] = {**infer_depths(d), "0.weight": 0.9}
     optimizer = DALS(
         [
             {"params": g.named_parameters(), "depth": lambda name, p: 0.1},
-            {"params": d.named_parameters(), "depth": {**infer_depths(d), "0.weight": 0.9}},
+            {"params": d.named_parameters(), "depth": depths_of_d},
         ]
     )
     depths = optimizer.depths()
@@ -166,7 +168,8 @@ class Halves(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.base, self.head = mlp(2, 3, 4), mlp(4, 2)
+        self.base: nn.Module = mlp(2, 3, 4)
+        self.head: nn.Module = mlp(4, 2)
 
 
 def test_a_name_in_two_groups_is_warned_of_once() -> None:
@@ -177,7 +180,8 @@ def test_a_name_in_two_groups_is_warned_of_once() -> None:
     ) as seen:
         DALS(halves())
     assert len(seen) == 1 and seen[0].filename == __file__
-    for depth in ({"0.weight": 0.5}, infer_depths(model.base)):
+    rules: list[Any] = [{"0.weight": 0.5}, infer_depths(model.base)]
+    for depth in rules:
         with pytest.warns(UserWarning, match="'0.weight' is in another group, too"):
             DALS(halves(), depth=depth)
     with pytest.warns(UserWarning, match="'0.bias' is in another group, too"):
@@ -228,6 +232,50 @@ def test_wrapped_names_change_nothing() -> None:
     plain = list(depths_from_names([names]).values())
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
         assert list(depths_from_names([[prefix + name for name in names]]).values()) == plain
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    wrapped: Any = torch.compile(model, backend="eager")
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DataParallel": nn.DataParallel,
+    "torch.compile": compiled,
+    "both": lambda model: nn.DataParallel(compiled(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("granularity", ["modules", "children"])
+def test_infer_depths_looks_through_wrappers(wrap: Callable[[nn.Module], nn.Module], granularity: Any) -> None:
+    model = Transformer()
+    plain, wrapped = infer_depths(model, granularity), infer_depths(wrap(model), granularity)
+    assert list(wrapped) == [name for name, _ in wrap(model).named_parameters()]
+    assert list(wrapped.values()) == list(plain.values())
+    # Depths of the one serve names of the other.
+    assert DALS(wrap(model), depth=plain).depths() == wrapped
+    assert DALS([{"params": model.named_parameters()}], depth=wrapped).depths() == plain
+
+
+def test_depths_of_a_model_serve_names_of_modules_in_wrappers() -> None:
+    model = Halves()
+    depths = infer_depths(model)
+    model.head = compiled(nn.DataParallel(model.head))
+    assert list(DALS(model, depth=depths).depths().values()) == list(depths.values())
+    assert (
+        DALS(model.named_parameters(), depth=depths).depths()["head._orig_mod.module.0.bias"] == depths["head.0.bias"]
+    )
+
+
+def test_modules_that_only_a_wrappers_name_tells_apart_are_not_confused() -> None:
+    model = nn.ModuleDict({"a": nn.ModuleDict({"module": nn.Linear(1, 1)}), "b": nn.Linear(1, 1)})
+    model["a"].register_parameter("weight", nn.Parameter(torch.ones(1)))
+    depths = infer_depths(model)
+    assert DALS(model, depth=depths).depths() == depths
+    with pytest.raises(ValueError, match=r"depth does not know parameter 'a\._orig_mod\.weight'"):
+        DALS([("a._orig_mod.weight", nn.Parameter(torch.ones(1)))], depth=depths)
 
 
 def test_without_names_depth_is_the_rank_in_the_group_and_says_so_once() -> None:

@@ -74,7 +74,8 @@ class DALS(torch.optim.Optimizer):
         phase_thresholds: (t1, t2), t1 >= t2: relative drop of the loss EMA above which the phase is 0, or 1
             ((0.01, 0.002)).
         total_steps: length T of the built-in schedule: warm-up over ``warmup_fraction`` of T, then cosine to 0. None
-            (default) for no schedule of our own.
+            (default) for no schedule of our own. A step beyond T has lr 0, with a warning once, which on a GPU goes by
+            the calls of ``step``: too early by dropped steps, too late by those that a captured graph replays.
         warmup_fraction: share of total_steps in [0, 1] (0.05).
         restart_steps: length of the first cycle of cosine restarts instead (None), which takes one step less.
         restart_mult: each cycle is this much longer, >= 1 (2).

@@ -25,6 +25,9 @@ class RunState:
 
     def __init__(self) -> None:
         self.values = torch.tensor([0.0, NO_LOSS_YET, 0.0, 0.0], dtype=torch.float64, device="cpu")
+        #: Steps that were asked for, which the host knows: those that were taken, the dropped ones too, and none of
+        #: those that a graph replays.
+        self.calls = 0
 
     def numbers(self) -> dict[str, float]:
         """All as plain numbers, by the names they have in param groups; waits for the device."""
@@ -34,6 +37,7 @@ class RunState:
     def restore(self, numbers: Mapping[str, float]) -> None:
         """Go on from the plain numbers of a checkpoint."""
         self.values.copy_(torch.tensor([float(numbers[name]) for name in COUNTERS], dtype=torch.float64, device="cpu"))
+        self.calls = int(numbers["step"])
 
     def move_to(self, device: torch.device) -> None:
         """Live on ``device`` from now on."""

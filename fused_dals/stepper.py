@@ -26,6 +26,13 @@ from fused_dals.self_check import serves_by_default
 from fused_dals.sharding import Shards, is_distributed_tensor, like, settle_gradients
 from fused_dals.stats import TrustRatios
 
+SCHEDULE_IS_OVER = (
+    "group {index}: more than total_steps={end} steps: the built-in schedule is over, and the learning rate stays 0. "
+    'Set group["total_steps"] in optimizer.param_groups to the length of the whole run, or to None for no schedule. A '
+    "checkpoint brings the total_steps that it was saved with, whatever the constructor was given: set it after "
+    "loading."
+)
+
 State = dict[Tensor, dict[str, Tensor]]
 
 
@@ -65,11 +72,14 @@ class Stepper:
         if capturing:
             self._check_plan_capturable(fused, others)
             runtime.captured = Captured(runtime.live_groups.clips, runtime.live_groups.skips, by_kernels=not others)
+        else:
+            self._warn_after_schedule()
         read_on = steady.fused.device if steady and not runtime.live_groups.capturable else None
         for loss in losses:
             runtime.loss.observe(loss, read_on=read_on)
         if steady:
             self._run([steady.fused], [], home, found_inf, grad_scale)
+            runtime.state.calls += not capturing
             return
         only_creates_state = self._only_creates_state(batches, home)
         if not capturing:
@@ -80,6 +90,7 @@ class Stepper:
         if runtime.shards is not None:
             runtime.shards.set_present([place for batch in batches if not batch.absent for place in batch.places])
         self._run(passes, others, home, found_inf, grad_scale)
+        runtime.state.calls += not capturing
         self._remember(passes, others)
         if not passes and host.knows(runtime.state.values):
             self.write_counters()
@@ -332,6 +343,20 @@ class Stepper:
             loss.observed = True
             return
         self.runtime.warn_once("loss", NO_LOSS_WARNING.format(optimizer=self.name))
+
+    def _warn_after_schedule(self) -> None:
+        """Once for each total_steps, where a built-in schedule was over before this step.
+
+        It waits for no device: where only the device knows how many steps were taken, it goes by those that were asked
+        for, and comes too early by the number of dropped ones, or too late by those that a graph replayed.
+        """
+        state, end = self.runtime.state, self.runtime.live_groups.first_end
+        if end is None or state.calls < end or f"total_steps={end}" in self.runtime.warned:
+            return
+        if host.knows(state.values) and state.numbers()["step"] < end:
+            return
+        index = next(i for i, group in enumerate(self.groups) if group["total_steps"] == end)
+        self.runtime.warn_once(f"total_steps={end}", SCHEDULE_IS_OVER.format(index=index, end=end))
 
     def _only_creates_state(self, batches: Sequence[TensorBatch], home: torch.device) -> bool:
         """Whether this is the call by which distributed checkpointing makes an optimizer create its state.

@@ -244,7 +244,7 @@ def test_a_scaler_over_parameters_without_gradients(path: dict[str, Any]) -> Non
 def test_nonfinite_gradients_change_nothing_and_are_counted(path: dict[str, Any], bad: float, seed: int) -> None:
     model = ConvNet()
     twin = copy.deepcopy(model)
-    optimizer, other = DALS(model, skip_nonfinite=True, total_steps=9, **path), DALS(twin, total_steps=9, **path)
+    optimizer, other = DALS(model, skip_nonfinite=True, total_steps=20, **path), DALS(twin, total_steps=20, **path)
     data = batch(F32)
     for step in range(6):
         train_step(model, optimizer, data)

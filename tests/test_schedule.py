@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fused_dals import DALS, DALSAcc
+from fused_dals import DALS, DALSAcc, host
 from fused_dals.schedule import cosine_restarts, schedule_factor, warmup_cosine
 from tests.helpers import mlp
 
@@ -55,11 +57,68 @@ def step(optimizer: DALS) -> None:
 def test_current_lr_is_that_of_the_next_step_and_lr_is_never_written() -> None:
     optimizer = DALS(mlp(3, 3, 2), lr=0.4, total_steps=10, warmup_fraction=0.2)
     seen = []
-    for _ in range(12):
+    for t in range(12):
         seen += optimizer.current_lr()
-        step(optimizer)
+        with pytest.warns(UserWarning, match="total_steps=10") if t == 10 else nullcontext():
+            step(optimizer)
         assert optimizer.param_groups[0]["lr"] == 0.4
     assert seen == pytest.approx([0.4 * warmup_cosine(t, 10, 0.2) for t in range(12)])
+
+
+def test_steps_beyond_total_steps_are_warned_of_once() -> None:
+    model = mlp(3, 2)
+    groups = [{"params": [pair], "total_steps": n} for pair, n in zip(model.named_parameters(), (9, 3), strict=True)]
+    optimizer = DALS(groups)
+    for _ in range(3):
+        step(optimizer)
+    with pytest.warns(UserWarning, match=r"group 1: more than total_steps=3 .* in optimizer.param_groups") as seen:
+        step(optimizer)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    step(optimizer)
+    optimizer.param_groups[1]["total_steps"] = 6
+    step(optimizer)
+    with pytest.warns(UserWarning, match="group 1: more than total_steps=6"):
+        step(optimizer)
+    for group in optimizer.param_groups:
+        group["total_steps"] = None
+    step(optimizer)
+
+
+def test_a_checkpoint_brings_its_own_total_steps() -> None:
+    model = mlp(3, 2)
+    optimizer, longer = DALS(model, total_steps=2), DALS(model, total_steps=4)
+    step(optimizer)
+    step(optimizer)
+    longer.load_state_dict(optimizer.state_dict())
+    with pytest.warns(UserWarning, match=r"more than total_steps=2 .*: set it after loading"):
+        step(longer)
+    again = DALS(model, total_steps=4)
+    again.load_state_dict(optimizer.state_dict())
+    again.param_groups[0]["total_steps"] = 4
+    step(again)
+    assert again.current_lr()[0] > 0
+
+
+def test_dropped_steps_do_not_bring_the_end_of_the_schedule_nearer() -> None:
+    model = mlp(3, 2)
+    optimizer = DALS(model, total_steps=2, skip_nonfinite=True)
+    for value in (1.0, math.inf, math.inf, 1.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizer.step(loss=1.0)
+    with pytest.warns(UserWarning, match="total_steps=2"):
+        step(optimizer)
+
+
+def test_the_end_of_the_schedule_is_seen_without_asking_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host does not know the count of steps, it goes by its calls."""
+    optimizer = DALS(mlp(3, 2), total_steps=2)
+    monkeypatch.setattr("fused_dals.stepper.host", SimpleNamespace(**{**vars(host), "knows": lambda tensor: False}))
+    monkeypatch.setattr(optimizer._runtime.state, "numbers", lambda: pytest.fail("asks the device"))
+    step(optimizer)
+    step(optimizer)
+    with pytest.warns(UserWarning, match="total_steps=2"):
+        step(optimizer)
 
 
 def test_first_step_of_a_warmup_moves_state_but_no_weight() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,16 +22,44 @@ _BAD_EXPRESSION = (re.error, OverflowError, RecursionError)
 
 def check_rule(rule: object, where: str) -> DepthRule:
     """``rule`` itself, or an error if it is none of the forms a depth rule has."""
+    allowed = f"{where}: depth must be 'auto', a number in [0, 1], a dict of names to numbers, or f(name, parameter)"
     if isinstance(rule, str) and rule != "auto":
-        raise ValueError(f"{where}: depth must be 'auto', a number, a dict or a callable, got {rule!r}")
+        raise ValueError(f"{allowed}, got {rule!r}")
     if isinstance(rule, Mapping):
         for key, depth in rule.items():
             if not isinstance(key.pattern if isinstance(key, re.Pattern) else key, str):
                 raise TypeError(f"{where}: depth key {shown(key)} must be a parameter's name or a regular expression")
             check_depth(depth, f"{where}: depth of {key!r}")
-    elif not isinstance(rule, str) and not callable(rule):
+    elif callable(rule):
+        _check_takes_two(rule, where)
+    elif isinstance(rule, Real):
         check_depth(rule, f"{where}: depth")
+    elif not isinstance(rule, str):
+        raise TypeError(f"{allowed}, got {shown(rule)}")
     return rule  # type: ignore[return-value]
+
+
+def _check_takes_two(rule: Callable[..., Any], where: str) -> None:
+    """Raise TypeError unless ``rule`` can be called as f(name, parameter), as far as it tells."""
+    try:
+        signature = inspect.signature(rule)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind("name", None)
+    except TypeError:
+        raise TypeError(f"{where}: a depth callable is f(name, parameter), got one that takes {signature}") from None
+
+
+def check_live_depth(depth: object, where: str) -> float:
+    """What ``group["depth"]`` holds while training, as a float: a number, or an error."""
+    if isinstance(depth, str | Mapping) or callable(depth):
+        raise TypeError(
+            f"{where}: depth in param_groups must be a number in [0, 1], got {shown(depth)}; dicts and callables are "
+            "taken when a group joins, by the constructor or add_param_group. Without the key, the constructor's depth "
+            "holds"
+        )
+    return check_depth(depth, f"{where}: depth")
 
 
 def check_depth(depth: object, what: str) -> float:
@@ -76,10 +105,12 @@ def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
             raise ValueError(
                 f"{where}: depth key {key!r} is no parameter name and no regular expression: {error}"
             ) from None
+        inside = [name for name in known if isinstance(key, str) and name.startswith(f"{key}.")]
+        meant = rf" For all of {key!r} write r'{re.escape(key)}\..*'." if inside else ""
         examples = ", ".join(map(repr, sorted(known)[:3]))
         raise ValueError(
-            f"{where}: depth key {key!r} matches no parameter. A key is a parameter's name, or a regular expression "
-            f"that matches whole names; names here are like {examples}."
+            f"{where}: depth key {key!r} matches no parameter. A key is the whole name of a parameter, or a regular "
+            f"expression for whole names, and names here are like {examples}.{meant}"
         )
 
 
@@ -184,7 +215,7 @@ class DepthMap:
         ``labels`` has one entry per parameter; ``names`` is None where parameters have no names.
         """
         if fixed is not None:
-            return [check_depth(fixed, f"group {group_index}: depth")] * len(labels)
+            return [check_live_depth(fixed, f"group {group_index}")] * len(labels)
         if names is None:
             auto = evenly_spaced(len(labels))
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_dals import host
-from fused_dals.depth_rule import DepthRule, check_depth, shown
+from fused_dals.depth_rule import DepthRule, check_live_depth, shown
 from fused_dals.loss_average import LossGroup
 
 
@@ -112,9 +112,9 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
         "three numbers in [0, 1], one per phase (1 bypasses the filter)",
     )
     check("phase_thresholds", _is_thresholds, "a pair (t1, t2) of finite numbers with t1 >= t2")
-    check("total_steps", _is_steps, "None or an integer >= 1 of 63 bits")
+    check("total_steps", _is_steps, _what_steps_are(group.get("total_steps")))
     check("warmup_fraction", lambda x: 0 <= _number(x) <= 1, "a number in [0, 1]")
-    check("restart_steps", _is_steps, "None or an integer >= 1 of 63 bits")
+    check("restart_steps", _is_steps, _what_steps_are(group.get("restart_steps")))
     check("restart_mult", lambda x: 1 <= _number(x) < math.inf, "a finite number >= 1")
     check("max_grad_norm", lambda x: x is None or 0 < _number(x) < math.inf, "None or a finite number > 0")
     check("state_dtype", _is_state_dtype, "torch.float32 or torch.bfloat16")
@@ -123,7 +123,7 @@ def check_hyperparameters(group: Mapping[str, Any], where: str) -> None:
     check("foreach", lambda x: x is None or _is_bool(x), "None, True or False")
     check("fused", lambda x: x is None or _is_bool(x), "None, True or False")
     if group.get("depth") is not None:
-        check_depth(group["depth"], f"{where}: depth")
+        check_live_depth(group["depth"], where)
     if group["total_steps"] is not None and group["restart_steps"] is not None:
         raise ValueError(
             f"{where}: total_steps={group['total_steps']} and restart_steps={group['restart_steps']} ask for two "
@@ -226,6 +226,13 @@ def _is_clip(clip: Any) -> bool:
 
 def _is_thresholds(thresholds: Any) -> bool:
     return len(_numbers(thresholds)) == 2 and all(map(math.isfinite, thresholds)) and thresholds[0] >= thresholds[1]
+
+
+def _what_steps_are(given: Any) -> str:
+    """With what is wrong with those that are given, where one may not see it."""
+    if isinstance(given, float):
+        return "None or an integer >= 1 (make it one: int(...))"
+    return "None or an integer >= 1" + (" of 63 bits" if isinstance(given, Integral) and int(given) >= 2**63 else "")
 
 
 def _is_steps(steps: Any) -> bool:

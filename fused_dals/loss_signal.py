@@ -163,9 +163,12 @@ class WatchLoss:
             return
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            instead = "watch the criterion instead, or call observe_loss(loss) in the training loop"
+            if getattr(module, "reduction", None) == "none":
+                instead = "give it reduction='mean', or call observe_loss(loss.mean()) in the training loop"
             raise TypeError(
                 f"watch_loss: {type(module).__name__} returned {what}, neither a scalar loss nor an output with a "
-                "scalar .loss; watch the criterion instead, or call observe_loss(loss) in the training loop"
+                f"scalar .loss; {instead}"
             )
         signal.observe(loss)
 

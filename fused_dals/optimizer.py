@@ -216,8 +216,8 @@ class DALS(torch.optim.Optimizer):
             labelled = list(zip(group_labels(param_group, index), param_group["params"], strict=True))
             if isinstance(rule, Mapping) and names is None:
                 raise ValueError(
-                    f"{where}: depth is a dict of names, but the parameters have none: pass the model itself or "
-                    "model.named_parameters()"
+                    f"{where}: depth is a dict of names, but the parameters have none: pass the model itself, "
+                    'model.named_parameters(), or groups like {"params": [(name, parameter), ...]}'
                 )
             if rule is not depths.rule:
                 check_depth_keys(rule, names or (), where)
@@ -283,6 +283,10 @@ class DALS(torch.optim.Optimizer):
         Returns what the closure returned, None without one.
         """
         returned = None
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"step's first argument is a closure, got {type(closure).__name__}; pass the loss as step(loss=loss)"
+            )
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()

@@ -34,6 +34,7 @@ def run(preset: str, path: str, dtype: torch.dtype, steps: int = STEPS, *, resyn
     return errors
 
 
+@pytest.mark.filterwarnings("ignore:.*the built-in schedule is over")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("preset", PRESETS)

@@ -376,6 +376,40 @@ def test_depth_errors(depth: Any, words: str) -> None:
         DALS(groups)
 
 
+@pytest.mark.parametrize("depth", [None, [0.5], torch.tensor(0.5)])
+def test_what_a_depth_may_be_is_listed(depth: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        DALS(ConvNet(), depth=depth)
+    assert "'auto', a number in [0, 1], a dict of names to numbers, or f(name, parameter), got" in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [lambda name: 0.5, lambda: 0.5, lambda name, p, more: 0.5])
+def test_a_callable_of_other_arguments(depth: Any) -> None:
+    with pytest.raises(TypeError, match=r"DALS: a depth callable is f\(name, parameter\), got one that takes \("):
+        DALS(ConvNet(), depth=depth)
+
+
+def test_an_error_inside_a_callable_is_its_own() -> None:
+    with pytest.raises(TypeError, match="not 'list'"):
+        DALS(ConvNet(), depth=lambda name, p: float([name]))
+
+
+def test_a_key_that_is_a_module_says_how_to_name_all_of_it() -> None:
+    with pytest.raises(ValueError, match="whole name") as caught:
+        DALS(ConvNet(), depth={"head.0": 0.5})
+    assert r"For all of 'head.0' write r'head\.0\..*'." in str(caught.value)
+    DALS(ConvNet(), depth={r"head\.0\..*": 0.5})
+
+
+@pytest.mark.parametrize("depth", [{"conv.weight": 0.5}, lambda name, p: 0.5, "auto"])
+def test_a_live_depth_is_a_number(depth: Any) -> None:
+    optimizer = DALS(ConvNet())
+    optimizer.param_groups[0]["depth"] = depth
+    for look in (optimizer.depths, optimizer.step):
+        with pytest.raises(TypeError, match=r"group 0: depth in param_groups must be a number .* when a group joins"):
+            look()
+
+
 @pytest.mark.parametrize("depth", [None, [0.5], {"conv.weight": "deep"}, lambda name, p: None])
 def test_depth_of_a_wrong_type(depth: Any) -> None:
     with pytest.raises(TypeError, match="depth"):
@@ -383,5 +417,6 @@ def test_depth_of_a_wrong_type(depth: Any) -> None:
 
 
 def test_names_in_a_dict_need_named_parameters() -> None:
-    with pytest.raises(ValueError, match="pass the model"):
-        DALS(ConvNet().parameters(), depth={"conv.weight": 0.5})
+    for depth in ({"conv.weight": 0.5}, dict(infer_depths(ConvNet()))):
+        with pytest.raises(ValueError, match=r'pass the model itself.*"params": \[\(name, parameter\)'):
+            DALS(ConvNet().parameters(), depth=depth)

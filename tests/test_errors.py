@@ -134,6 +134,34 @@ def test_two_schedules_are_refused() -> None:
             build()
 
 
+@pytest.mark.parametrize("name", ["total_steps", "restart_steps"])
+def test_numbers_of_steps_say_what_is_wrong(name: str) -> None:
+    for value, error, words in (
+        (100.0, TypeError, r"an integer >= 1 \(make it one: int\(...\)\), got 100.0"),
+        (0, ValueError, "an integer >= 1, got 0"),
+        (2**63, ValueError, "an integer >= 1 of 63 bits, got"),
+    ):
+        with pytest.raises(error, match=f"DALS: {name} must be None or {words}"):
+            DALS(mlp(2, 2), **{name: value})
+
+
+def test_a_loss_in_the_place_of_the_closure() -> None:
+    model, optimizer = stepped()
+    before = snapshot(model, optimizer)
+    for loss in (torch.tensor(1.0), 1.0):
+        with pytest.raises(TypeError, match=r"step's first argument is a closure, got .*; pass .* step\(loss=loss\)"):
+            optimizer.step(loss)
+    assert identical(before, snapshot(model, optimizer))
+
+
+def test_a_watched_criterion_without_reduction() -> None:
+    criterion = nn.MSELoss(reduction="none")
+    optimizer = DALS(mlp(2, 2))
+    optimizer.watch_loss(criterion)
+    with pytest.raises(TypeError, match="give it reduction='mean'"):
+        criterion(torch.ones(3), torch.ones(3))
+
+
 def test_foreach_with_fused() -> None:
     with pytest.raises(RuntimeError, match="foreach and fused cannot both be True"):
         DALS(mlp(2, 2), foreach=True, fused=True)

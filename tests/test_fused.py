@@ -279,6 +279,7 @@ def test_training_follows_the_oracle(preset: str, seed: int) -> None:
     assert errors.worst() < 256 * torch.finfo(F32).eps and errors.trust_ratio < 1024 * torch.finfo(F32).eps, errors
 
 
+@pytest.mark.filterwarnings("ignore:.*the built-in schedule is over")
 def test_the_prologue_keeps_the_rules_of_phase_and_schedule(seed: int) -> None:
     """Many groups, each with a schedule of its own, over several steps: eta and phase as the host's functions say."""
     params = [torch.nn.Parameter(torch.ones(2, device=DEVICE)) for _ in range(70)]

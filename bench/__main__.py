@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from bench import extras
+
 COMMANDS = {
     "demo": "train a small task with the DALS family, SGD and AdamW; table, figure, JSON",
     "micro": "time one optimizer step on real parameter lists; table, JSON",
@@ -27,10 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"commands:\n{listing}\n\n'python -m bench COMMAND --help' lists its options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", nargs="?")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command")
     args = parser.parse_args(argv)
-    module = importlib.import_module(f"bench.{args.command}")
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        module = importlib.import_module(f"bench.{args.command}")
+    except ModuleNotFoundError as error:
+        extras.explain(error)
+        raise
     status: int = module.main(args.options)
     return status
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench import environment, extras, published, record
+from bench.options import HelpFormatter
 from bench.strategies import STRATEGIES
 from bench.table import reading_notes, results_table
 from bench.tasks import TASKS
@@ -18,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench demo",
         description="Train a small task on the CPU with DALS, DALS-Fast, DALS-Acc, SGD and AdamW, "
         "print a table, and write a figure (PNG) and the results (JSON).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--task", choices=TASKS, default="synthetic-a", help="what to train on")
     parser.add_argument(

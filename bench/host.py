@@ -17,6 +17,7 @@ import torch
 
 from bench import environment, extras, record
 from bench.find import find_machine
+from bench.options import HelpFormatter
 from bench.table import format_table
 from bench.timing import Spread
 from fused_dals import DALS
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "training; with the compiled walk over the tensors and without it. 'new lr': every group's learning rate "
         "changed, too. 'addresses': reading every gradient and its address in Python. Then the same for DTensors, as "
         "FSDP2 has them, and for gradients that the step unscales (amp_fused).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--repeats", type=int, default=200, help="timed steps per case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")

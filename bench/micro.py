@@ -26,7 +26,7 @@ from bench.contenders import (
 )
 from bench.find import find_machine
 from bench.machine import Machine
-from bench.options import add_timing_options, check_timing_options
+from bench.options import HelpFormatter, add_timing_options, check_timing_options
 from bench.peers import peer_contenders
 from bench.shapes import SHAPES
 from bench.step_table import launches_text, notes, steps_text
@@ -44,14 +44,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="Time one optimizer step: all contenders in one process on the same tensors, one sample each in "
         f"turn, after {WARMUP_STEPS} steps of warm-up. A contender that is missing, fails or does not fit into memory "
         "is a line that says why.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
-        "--shapes", nargs="+", choices=["all", *SHAPES], default=None, help="parameter lists; None: all on a GPU, "
-        "resnet50 on a CPU",
+        "--shapes", nargs="+", choices=["all", *SHAPES], default=None, help="parameter lists (default: all on a "
+        "GPU, resnet50 on a CPU)",
     )  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=STEP_DTYPES, default=list(STEP_DTYPES))
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these; None: all")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these (default: all)")
     add_timing_options(parser, of_each="contender", compile_seconds=120.0, compile_of="each list", after_each="list")
     return parser
 

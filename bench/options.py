@@ -8,6 +8,13 @@ from pathlib import Path
 import torch
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults, but for None, which says nothing: the help itself has to say what it stands for."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def add_timing_options(
     parser: argparse.ArgumentParser, *, of_each: str, compile_seconds: float, compile_of: str, after_each: str
 ) -> None:
@@ -20,7 +27,10 @@ def add_timing_options(
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help=f"where to write the results, after each {after_each} anew"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"where to write the results, after each {after_each} anew (default: nowhere)",
     )
 
 

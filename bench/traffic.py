@@ -24,6 +24,7 @@ from bench.cache_model import (
     predict,
     window_chunks,
 )
+from bench.options import HelpFormatter
 from bench.shapes import MODELS, SHAPES
 from bench.table import format_table
 from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
@@ -151,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         "through a model of the L2 cache, and its time from assumed latencies; nothing is measured. One table of what "
         "stage A does, with 90 and 60 % of the cache usable, and one of chunks and of windows between the stages, as "
         "shares of the cache.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(MODELS), help="parameter lists")
     parser.add_argument("--dtypes", nargs="+", choices=STEP_DTYPES, default=list(STEP_DTYPES))

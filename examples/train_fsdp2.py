@@ -17,6 +17,7 @@ import os
 import shutil
 import sysconfig
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
-from tqdm import tqdm
 
 from fused_dals import DALS
 
@@ -122,6 +122,8 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
             group["total_steps"] = arguments.steps  # the checkpoint's would win
     first = len(history["loss"])
 
+    from tqdm import tqdm
+
     data, began = text(), time.perf_counter()
     bar = tqdm(range(first, arguments.steps), disable=not first_rank, unit="step")
     for step in bar:
@@ -196,6 +198,9 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--out", type=Path, default=Path("out/fsdp2"))
     arguments = parser.parse_args()
+    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"error: {', '.join(missing)} missing: pip install '.[demo]'")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

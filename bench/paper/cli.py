@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bench import extras, published
+from bench.options import HelpFormatter
 from bench.paper import report
 from bench.paper.problem import Options
 from bench.paper.results import RESULTS, Experiment
@@ -29,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train a task of arXiv:2604.27295 with the paper's strategies. Runs that are finished are kept in "
         "the results folder and not done again; one that was killed goes on from its last epoch. "
         "'python -m bench paper report' makes tables and figures of all results.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}")
     parser.add_argument(

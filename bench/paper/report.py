@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import extras
+from bench.options import HelpFormatter
 from bench.paper.ablation import ablation_table
 from bench.paper.results import RESULTS, Experiment
 from bench.paper.strategies import CORRECTED, PUBLISHED
@@ -27,11 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Tables of all results; with --figures or --docs the figures, too. --docs puts the tables into "
         "that file: the text between the lines '<!-- begin NAME -->' and '<!-- end NAME -->' is replaced, NAME being a "
         "folder of the results, 'ablations', 'chaos', 'coverage' or 'notes'.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--docs", type=Path, help="the document to bring up to date, such as docs/paper.md")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="folder for the figures; None: that of --docs")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="folder for the figures (default: that of --docs)")
     return parser
 
 

@@ -21,7 +21,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 #: Where results go unless the command line says otherwise.
-RESULTS = Path("bench/results/paper")
+RESULTS = Path("out/paper")
 
 
 @dataclass(frozen=True)

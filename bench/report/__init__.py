@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import extras
+from bench.options import HelpFormatter
 from bench.report.results import Results, load
 from bench.report.text import demo_block, readme_speed, speed_page, traffic_block
 
@@ -21,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench report",
         description="Write the performance tables of README.md, docs/design.md and docs/speed.md, and the plots in "
         "docs/, from the JSON files in bench/results/.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a text is not up to date")
     parser.add_argument("--no-plots", action="store_true", help="texts only")
@@ -30,6 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if not args.check and not args.no_plots:
+        extras.require("matplotlib")
     results = load(RESULTS)
     stale = [path for path, text in texts(results, ROOT).items() if not path.exists() or path.read_text() != text]
     if args.check:
@@ -40,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         path.write_text(text)
         print(f"{'written' if path in stale else 'unchanged'}: {path.relative_to(ROOT)}")
     if not args.no_plots:
-        extras.require("matplotlib")
         from bench.report.plots import draw
 
         for path in draw(results, ROOT / "docs"):

@@ -11,7 +11,7 @@ import torch
 from bench import environment, extras, record
 from bench.compiled import CompileBudget
 from bench.find import find_machine
-from bench.options import add_timing_options, check_timing_options
+from bench.options import HelpFormatter, add_timing_options, check_timing_options
 from bench.table import format_table
 from bench.train.models import TASKS
 from bench.train.steps import MODES, OPTIMIZERS, SEED, TrainRow, time_training
@@ -27,11 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench train",
         description="Time whole training steps of models of the sizes of GPT-2 small and ViT-B, on random tokens and "
         "images, with each optimizer: eager, under torch.compile, and as a CUDA graph.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--models", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--size", choices=("full", "small", "tiny"), help="None: full on a GPU, small on a CPU")
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="None: all on a GPU, eager on a CPU")
+    parser.add_argument("--size", choices=("full", "small", "tiny"), help="(default: full on a GPU, small on a CPU)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="(default: all on a GPU, eager on a CPU)")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     add_timing_options(parser, of_each="optimizer", compile_seconds=300.0, compile_of="all", after_each="mode")
     return parser

@@ -31,7 +31,8 @@ def test_without_a_command_the_list_is_printed(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("command", ["micro", "host", "train", "report"])
 def test_a_missing_dependency_is_one_line(command: str, tmp_path: Path) -> None:
     done = run_without("numpy", f"from bench.__main__ import main; main([{command!r}])", tmp_path)
-    assert (done.returncode, done.stderr) == (1, "error: numpy missing: pip install '.[demo]'\n")
+    assert done.returncode == 1 and "Traceback" not in done.stderr  # torch itself warns of a missing NumPy
+    assert done.stderr.splitlines()[-1] == "error: numpy missing: pip install '.[demo]'"
 
 
 def test_another_missing_module_is_an_error_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +47,8 @@ def test_no_help_says_that_a_default_is_none(command: str, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main([command, "--help"])
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert ("None" not in printed and "(default: 20)" in printed) or command != "micro"
+    assert "None" not in printed
+    assert "(default: 20)" in printed or command not in ("micro", "train")
 
 
 def test_the_example_names_what_is_missing(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.hooks import RemovableHandle
 
 from fused_dals.depth import Depths, depths_from_names
-from fused_dals.depth_rule import repeated_name_warning
+from fused_dals.depth_rule import check_depth, repeated_name_warning
+from fused_dals.gather import group_labels
 from fused_dals.optimizer import DALS
 
 
@@ -32,8 +33,9 @@ class ZeroDALS(ZeroRedundancyOptimizer):
         options: the other arguments of ``optimizer_class``.
 
     ``step(closure, loss=loss)``, ``observe_loss`` and ``watch_loss`` as of DALS. ``consolidate_state_dict(to=rank)``
-    before ``state_dict()``, as of ZeroRedundancyOptimizer; ``load_state_dict`` resumes bit for bit. The optimizer of
-    this rank's parameters is ``local``; it calls them by their places, not by names.
+    before ``state_dict()``, as of ZeroRedundancyOptimizer; ``load_state_dict`` resumes bit for bit. ``phases``,
+    ``current_lr``, ``skipped_steps`` and ``depths`` say the same on all ranks, ``trust_ratios`` has those of this
+    rank's own parameters. The optimizer that steps these is ``local``; it calls them by their places.
 
     Raises:
         TypeError: parameters have no names, or optimizer_class is none of ours. ValueError: a name has no depth.
@@ -68,12 +70,13 @@ class ZeroDALS(ZeroRedundancyOptimizer):
             ranks = {"loss_group": process_group, "partition_group": world}
             return optimizer_class(own, depth=rule, **{**ranks, **options, **defaults})
 
+        self._name_of, self._depths = name_of, depths
         world = torch.distributed.group.WORLD if process_group is None else process_group
         super().__init__(groups, build, process_group=world, parameters_as_bucket_view=parameters_as_bucket_view)  # type: ignore[arg-type]
 
     @property
     def local(self) -> DALS:
-        """The optimizer of this rank's own parameters, to look into: ``zero.local.phases()``."""
+        """The optimizer of this rank's own parameters."""
         optimizer: DALS = self.optim
         return optimizer
 
@@ -95,6 +98,36 @@ class ZeroDALS(ZeroRedundancyOptimizer):
     def watch_loss(self, module: nn.Module) -> RemovableHandle:
         """As of DALS."""
         return self.local.watch_loss(module)
+
+    def phases(self) -> list[int]:
+        """As of DALS."""
+        return self.local.phases()
+
+    def current_lr(self) -> list[float]:
+        """As of DALS."""
+        return self.local.current_lr()
+
+    @property
+    def skipped_steps(self) -> int:
+        """As of DALS."""
+        return self.local.skipped_steps
+
+    def depths(self) -> dict[str, float]:
+        """Depth of every parameter of the model by its name."""
+        return {
+            name: check_depth(group.get("depth", self._depths[name]), f"depth of {name!r}")
+            for group in self.param_groups
+            for name in (self._name_of[param] for param in group["params"])
+        }
+
+    def trust_ratios(self) -> dict[str, float]:
+        """The trust ratio of every parameter that the last step updated on this rank, by its name."""
+        name_of_place = {
+            place: self._name_of[param]
+            for index, group in enumerate(self.local.param_groups)
+            for place, param in zip(group_labels(group, index), group["params"], strict=True)
+        }
+        return {name_of_place[place]: ratio for place, ratio in self.local.trust_ratios().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """As of ZeroRedundancyOptimizer, with the run state (step, loss_ema, loss_drop, ...) in the groups."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -471,6 +472,38 @@ def zero(options: dict[str, Any], resume: bool = False) -> tuple[dict[str, Tenso
     optimizer.consolidate_state_dict(to=0)
     packed = optimizer.state_dict() if dist.get_rank() == 0 else None
     return {name: p.detach().clone() for name, p in net.named_parameters()}, packed
+
+
+def zero_looked_into() -> dict[str, Any]:
+    """What ZeroDALS says of itself after steps of which one was dropped."""
+    from fused_dals.zero import ZeroDALS
+
+    net = model()
+    named = list(net.named_parameters())
+    groups = [{"params": named[:3]}, {"params": named[3:], "lr": 0.02}]
+    optimizer = ZeroDALS(groups, lr=0.1, skip_nonfinite=True)
+    for bad in (False, True, False):
+        for _, p in named:
+            p.grad = torch.full_like(p, math.inf if bad else 1.0)
+        optimizer.step(loss=1.0)
+    return {
+        "depths": optimizer.depths(),
+        "phases": optimizer.phases(),
+        "current_lr": optimizer.current_lr(),
+        "skipped_steps": optimizer.skipped_steps,
+        "trust_ratios": optimizer.trust_ratios(),
+    }
+
+
+def zero_with_repeated_names() -> list[str]:
+    """What it warns of, where two groups have a name in common."""
+    from fused_dals.zero import ZeroDALS
+
+    halves = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ZeroDALS([{"params": half.named_parameters()} for half in halves])
+    return [str(one.message) for one in caught]
 
 
 def refused_wrappers() -> dict[str, str]:

@@ -200,6 +200,21 @@ def test_zero(options: dict[str, Any]) -> None:
     assert set(straight[0][1]["state"]) == set(range(len(expected.weights)))
 
 
+def test_zero_can_be_looked_into_by_names() -> None:
+    ranks = on_ranks(2, runs.zero_looked_into)
+    names = [name for name, _ in runs.model().named_parameters()]
+    for said in ranks:
+        assert said["depths"] == infer_depths(runs.model()) and list(said["depths"]) == names
+        assert (said["phases"], said["current_lr"], said["skipped_steps"]) == ([2, 2], [0.1, 0.02], 1)
+    assert sorted(ranks[0]["trust_ratios"].keys() | ranks[1]["trust_ratios"].keys()) == sorted(names)
+    assert not ranks[0]["trust_ratios"].keys() & ranks[1]["trust_ratios"].keys()
+
+
+def test_zero_warns_of_names_of_two_groups() -> None:
+    (said,) = on_ranks(1, runs.zero_with_repeated_names)
+    assert len(said) == 1 and said[0].startswith("ZeroDALS: parameter name 'weight' is in another group, too.")
+
+
 # -- where ranks might part ways ----------------------------------------------------------------------------------
 
 

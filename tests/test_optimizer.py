@@ -242,9 +242,7 @@ def test_state_follows_a_converted_model(seed: int) -> None:
     optimizer = DALS(model)
     train_step(model, optimizer, batch(torch.float32))
     model.double()
-    with pytest.raises(
-        RuntimeError, match=r"'scale' .* now torch\.float64 .* grad_ema torch\.float32 .*load_st"
-    ):
+    with pytest.raises(RuntimeError, match=r"'scale' .* now torch\.float64 .* grad_ema torch\.float32 .*load_st"):
         train_step(model, optimizer, batch(torch.float64))
     before = [t.double() for t in snapshot(model, optimizer)]
     optimizer.load_state_dict(optimizer.state_dict())

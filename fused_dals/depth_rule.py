@@ -92,7 +92,8 @@ def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
         if unknown:
             raise ValueError(
                 f"{where}: depth does not know parameter {unknown[0]!r}; infer_depths was given a model with names "
-                f"like {', '.join(list(rule)[:3])}"
+                f"like {', '.join(list(rule)[:3])}. Parameters need the names that they have there, as those of "
+                'model.head.named_parameters(prefix="head")'
             )
         return
     for key in rule:

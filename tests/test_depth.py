@@ -195,6 +195,8 @@ def test_names_of_the_whole_model_and_depths_of_ones_own_are_not_warned_of() -> 
     assert DALS(groups).depths() == infer_depths(model)
     groups = [{"params": getattr(model, name).named_parameters(prefix=name)} for name in ("base", "head")]
     assert DALS(groups, depth=infer_depths(model)).depths() == infer_depths(model)
+    with pytest.raises(ValueError, match=r"does not know parameter '0.bias'; .*named_parameters\(prefix="):
+        DALS([{"params": model.head.named_parameters()}], depth=infer_depths(model))
     halves = (model.base, model.head)
     DALS([{"params": half.named_parameters(), "depth": infer_depths(half)} for half in halves])
     DALS([{"params": half.named_parameters(), "depth": 0.5} for half in halves])

@@ -313,7 +313,13 @@ def test_steps_go_on_while_it_is_built_and_use_it_afterwards(fresh: pytest.Monke
 def test_the_command_builds_it_or_says_why_not() -> None:
     command = [sys.executable, "-m", "fused_dals"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "is there" in done.stdout
+    assert "a piece of C++" in done.stdout and "It is built" in done.stdout
     off = {**os.environ, host_walk.OFF: "0"}
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=off)
-    assert refused.returncode == 1 and host_walk.OFF in refused.stderr
+    assert refused.returncode == 1 and host_walk.OFF in refused.stderr and "same results" in refused.stderr
+    without_triton = (
+        "import sys, runpy; sys.modules['triton'] = None; runpy.run_module('fused_dals', run_name='__main__')"
+    )
+    refused = subprocess.run([sys.executable, "-c", without_triton], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "same results" in refused.stderr
+    assert "It could not be built here: Triton is not installed" in refused.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -54,6 +55,21 @@ def test_the_code_runs(block: str) -> None:
         optimizer.step(loss=1.0)
         ratios = optimizer.trust_ratios()
         assert all((ratio == 1) == name.endswith("bias") for name, ratio in ratios.items())
+
+
+@pytest.mark.parametrize("title", ["Plain loop", "Gradient accumulation"])
+def test_recipes_run(title: str) -> None:
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    block = page[page.index(f"## {title}\n") :].split("```")[1].removeprefix("python\n")
+    loader = [(torch.randn(4, 3), torch.randn(4, 2))] * 8
+    model = mlp(3, 4, 2)
+    names: dict[str, Any] = {
+        "DALS": DALS, "model": model, "loader": loader, "epochs": 1, "criterion": nn.MSELoss(), "optimizer": DALS(model)
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(block, names)
+    assert names["optimizer"].state_dict()["param_groups"][0]["step"] == (2 if "accumulation" in title else 8)
 
 
 def test_links_lead_somewhere() -> None:

@@ -15,9 +15,11 @@ from bench.contenders import ADAMW, BF16_STATE, COMPILED, FOREACH, FUSED
 from bench.gpu import checks as gpu_checks
 from bench.gpu.contenders import PASS_ALONE
 from bench.gpu.correctness import Check
+from bench.gpu.driver import Plan
 from bench.gpu.jobs import targets_of
 from bench.gpu.runner import Deadline, Job, Results, run_jobs
 from bench.gpu.scale import Scale
+from bench.gpu.sweep import fitting
 from bench.gpu.targets import (
     Target,
     compiled_targets,
@@ -172,6 +174,13 @@ def test_what_has_not_ended_has_not_passed_and_parts_that_fail_are_told() -> Non
     assert targets_of(results, 1, SCALE)[1].passed is True
     run_jobs([Job("steps", "bad", lambda: [][0])], results, Deadline.after(60), CpuMachine())
     assert targets_of(results, 1, SCALE)[4] == Target("steps: all parts ran", "0 failed", "1 failed", False)
+
+
+def test_plans_of_the_sweep_have_registers_for_their_programs() -> None:
+    assert fitting(Plan()).max_registers is None
+    found = {programs: fitting(Plan(programs_per_sm=programs)).max_registers for programs in (1, 2, 3, 4)}
+    assert found == {1: None, 2: None, 3: 80, 4: 64}
+    assert fitting(Plan(tile=4096)).max_registers == 128 and fitting(Plan(tile=4096, num_warps=4)).max_registers == 255
 
 
 def test_windows_of_the_sweep() -> None:

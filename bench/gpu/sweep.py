@@ -22,6 +22,8 @@ CHUNKS, TILES, WARPS, PROGRAMS = (4096, 8192, 16384), (2048, 4096), (4, 8), (1, 
 WINDOW_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, math.inf)
 #: 32-bit registers of a multiprocessor, of every NVIDIA GPU that the kernels run on.
 REGISTERS_PER_SM = 65536
+#: A thread is given so many more at a time: of 85 for three programs with 8 warps it would get 88, and two would run.
+REGISTERS_AT_A_TIME = 8
 #: Whether stage A writes h and m, and whether data that is not needed again is marked "evict first".
 WRITES_AND_MARKS = ((True, True), (True, False), (False, True))
 
@@ -47,7 +49,8 @@ def fitting(plan: Plan) -> Plan:
     same_tile = plan.tile * usual.num_warps <= usual.tile * plan.num_warps
     if same_tile and plan.num_warps * plan.programs_per_sm <= usual.num_warps * usual.programs_per_sm:
         return replace(plan, max_registers=None)
-    return replace(plan, max_registers=min(255, REGISTERS_PER_SM // (32 * plan.num_warps * plan.programs_per_sm)))
+    share = REGISTERS_PER_SM // (32 * plan.num_warps * plan.programs_per_sm)
+    return replace(plan, max_registers=min(255, share // REGISTERS_AT_A_TIME * REGISTERS_AT_A_TIME))
 
 
 def are_mixed(dtypes: Dtypes) -> bool:

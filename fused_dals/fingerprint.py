@@ -29,6 +29,8 @@ State: TypeAlias = Mapping[Tensor, dict[str, Tensor]]
 #: What tensors without memory raise, and foreign entries in state.
 CANNOT_TELL = (RuntimeError, TypeError, NotImplementedError)
 
+PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+
 _grad, _dtype, _shape = attrgetter("grad"), attrgetter("dtype"), attrgetter("shape")
 _requires_grad = attrgetter("requires_grad")
 
@@ -51,7 +53,7 @@ class Fingerprint:
         self._sizes = [len(group["params"]) for group in groups]
         self._params = _params_of(groups)  # held, so that no other object can take over their identity
         state_tensors = _state_of(state)
-        self._state = list(map(id, state_tensors))
+        self._state = [*map(id, state), *chain.from_iterable(state.values()), *map(id, state_tensors)]
         grads = list(map(_grad, self._params))
         missing = [grad is None for grad in grads]
         if any(missing):
@@ -59,6 +61,7 @@ class Fingerprint:
         params = self._params
         # Which rows the ranks add up depends on what trains, gradient or not.
         trains = list(map(_requires_grad, params)) if distributed else []
+        self._specs = _specs_of(params) if distributed else []  # held, too
         if distributed:
             params, grads, state_tensors = ([*map(local, tensors)] for tensors in (params, grads, state_tensors))
         self._grad_addresses = _addresses(grads)
@@ -86,6 +89,7 @@ class Fingerprint:
         same = (
             self._sizes == now._sizes
             and all(map(is_, self._params, now._params))
+            and all(map(is_, self._specs, now._specs))
             and self._state == now._state
             and self._parts == now._parts
         )
@@ -103,7 +107,8 @@ class CompiledFingerprint:
 
             if not walk.know_dtensors(DTensor):
                 raise TypeError("only Python finds the shards of this torch's DTensors")
-        self._held = params = _params_of(groups)
+        params = _params_of(groups)
+        self._held = params, _specs_of(params) if distributed else []
         self._count = sum(grad is not None for grad in map(_grad, params))
         addresses = torch.empty(self._count, dtype=torch.int64, device="cpu")
         self._recording = walk.record(groups, state, addresses, distributed)
@@ -126,6 +131,11 @@ def _params_of(groups: Groups) -> list[Tensor]:
     return list(chain.from_iterable(group["params"] for group in groups))
 
 
+def _specs_of(params: Sequence[Tensor]) -> list[Any]:
+    """How each is split over ranks, None for a plain tensor; one object for as long as that is so."""
+    return [getattr(param, "_spec", None) for param in params]
+
+
 def _state_of(state: State) -> list[Tensor]:
     return list(chain.from_iterable(map(dict.values, state.values())))
 
@@ -133,7 +143,9 @@ def _state_of(state: State) -> list[Tensor]:
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Raises RuntimeError where one is not simply where its elements are."""
     addresses = list(map(Tensor.data_ptr, tensors))
-    if (0 in addresses or any(map(Tensor.is_neg, tensors))) and not all(map(is_plain, tensors)):
+    kinds = set(map(type, tensors)) - PLAIN_TYPES
+    odd = kinds or 0 in addresses or any(map(Tensor.is_neg, tensors)) or any(map(torch._is_zerotensor, tensors))
+    if odd and not all(map(is_plain, tensors)):
         raise RuntimeError("a tensor has no memory, or negates what it reads there")
     return addresses
 

@@ -180,6 +180,8 @@ def _problem_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[st
             return f"its state has {type(have).__name__} for {key}, not a tensor; {anew}"
         if have.shape != param.shape or local(have).shape != local(param).shape:
             return f"it has shape {tuple(local(param).shape)} and its {key} {tuple(local(have).shape)}; {anew}"
+        if getattr(have, "placements", None) != getattr(param, "placements", None):
+            return f"its {key} is not split over the ranks as it is; {anew}"
         if have.device != param.device or have.dtype != dtype:
             return (
                 f"it is now {param.dtype} on {param.device}, and its {key} {have.dtype} on {have.device} "
@@ -224,30 +226,38 @@ def create_missing_state(
             if state.get(param):
                 if COMPENSATION_KEY not in dtypes:
                     state[param].pop(COMPENSATION_KEY, None)
+                if is_flat and param.grad is not None:  # that of others has not been checked, and is not stepped
+                    _lay_out_alike(param, state[param], [key for key in dtypes if key in state[param]])
                 dtypes = {key: dtype for key, dtype in dtypes.items() if key not in (*state[param], *STATE_KEYS)}
-                if is_flat:
-                    _lay_out_alike(param, state[param])
             for key, dtype in dtypes.items():
-                if is_flat:
+                if is_flat and not is_distributed_tensor(param):  # a DTensor of a view cannot be copied by deepcopy
                     flattened.setdefault((param.device, key, dtype), []).append(param)
                 else:
-                    state[param][key] = empty_state(param, dtype).zero_()
+                    zeros = torch.zeros_like(_layout_of(param, state[param]), dtype=dtype, requires_grad=False)
+                    state[param][key] = like(param, zeros)
     for (_, key, dtype), params in flattened.items():
-        layouts = [local(state[param].get("grad_ema", param)) for param in params]
-        for param, value in zip(params, flat_zeros(layouts, dtype), strict=True):
-            state[param][key] = like(param, value)
+        zeros_of_all = flat_zeros([_layout_of(param, state[param]) for param in params], dtype)
+        for param, value in zip(params, zeros_of_all, strict=True):
+            state[param][key] = value
 
 
-def _lay_out_alike(param: Tensor, state: dict[str, Tensor]) -> None:
-    """One order of memory, without gaps, for all state tensors: kernels go through them as they lie."""
+def _layout_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """What further state is to lie in memory like: state that is there already, or else the parameter."""
+    first = state.get("grad_ema")
+    return local(first if isinstance(first, Tensor) and first.shape == param.shape else param).detach()
+
+
+def _lay_out_alike(param: Tensor, state: dict[str, Tensor], keys: Sequence[str]) -> None:
+    """One order of memory, without gaps, for these state tensors: kernels go through them as they lie."""
     first = local(state["grad_ema"])
     if not (is_plain(first) and is_dense(first)):
         dense = empty_state(param, first.dtype)
         local(dense).copy_(first)
         state["grad_ema"], first = dense, local(dense)
-    for key, value in state.items():
-        if not (is_plain(local(value)) and same_strides(local(value), first)):
-            state[key] = like(param, torch.empty_like(first, dtype=value.dtype).copy_(local(value)))
+    for key in keys:
+        value = local(state[key])
+        if not (is_plain(value) and same_strides(value, first)):
+            state[key] = like(param, torch.empty_like(first, dtype=value.dtype).copy_(value))
 
 
 def flat_zeros(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

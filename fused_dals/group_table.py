@@ -32,7 +32,7 @@ class GroupTable:
         self._lrs = host.doubles(())
         self._rows: list[tuple[float, ...]] = []
         self._addresses: list[int] = []
-        self._given: list[Tensor] = []  # the tensors there
+        self._lr_tensors: list[Tensor] = []  # there
 
     def refresh(self, groups: Sequence[Mapping[str, Any]], version: GroupsVersion) -> None:
         """Write what changed; while ``version`` is the same that can only be a tensor learning rate or where it lies.
@@ -41,11 +41,11 @@ class GroupTable:
         """
         if version == self._version and not any(self._addresses):
             return
-        lrs, addresses, self._given = version.plain_lrs, [0] * len(groups), []
+        lrs, addresses, lr_tensors = version.plain_lrs, [0] * len(groups), []
         if lrs is None:
             given = [group["lr"] for group in groups]
             addresses = [self._lr_address(index, lr) for index, lr in enumerate(given)]
-            self._given = [lr for lr, address in zip(given, addresses, strict=True) if address]
+            lr_tensors = [lr for lr, address in zip(given, addresses, strict=True) if address]
             lrs = host.doubles(0.0 if address else float(lr) for lr, address in zip(given, addresses, strict=True))
         if version == self._version and addresses == self._addresses:
             return
@@ -80,12 +80,12 @@ class GroupTable:
             self._lrs = lrs.clone()
         if new_addresses:
             self.addresses.copy_(table_on(self.device, torch.tensor(addresses, dtype=torch.int64, device="cpu")))
-            self._addresses = addresses
+            self._addresses, self._lr_tensors = addresses, lr_tensors
         self._version = version
 
     def memory(self) -> list[Tensor]:
         """What kernels are given addresses of, or find addresses of there."""
-        return [self.rows, self.lrs, self.addresses, *self._given, *self._cells.values(), self.scalars]
+        return [self.rows, self.lrs, self.addresses, *self._lr_tensors, *self._cells.values(), self.scalars]
 
     def _row(self, group: Mapping[str, Any], lr_address: int) -> tuple[float, ...]:
         lr, source = group["lr"], 0

@@ -129,7 +129,8 @@ const void* address_of(Matcher&, const c10::TensorImpl* tensor) {
 
 template <class Sink>
 bool see_address(Sink& sink, const c10::TensorImpl* tensor) {
-  return sink.see(as_number(address_of(sink, tensor)));
+  const bool has_memory = tensor->storage().data() != nullptr || tensor->numel() == 0;
+  return has_memory && sink.see(as_number(address_of(sink, tensor)));
 }
 
 // Wrappers around other tensors, and views that are more than a look at memory.
@@ -191,13 +192,16 @@ bool collect_state(Sink& sink, PyObject* state, std::vector<PyObject*>& entries,
   PyObject *param, *entry, *name, *value;
   Py_ssize_t at = 0;
   if (!PyDict_Check(state)) return false;
-  while (PyDict_Next(state, &at, &param, &entry)) entries.push_back(entry);
+  while (PyDict_Next(state, &at, &param, &entry)) {
+    entries.push_back(entry);
+    if (!sink.see(as_number(param))) return false;
+  }
   const auto collect = [&](PyObject* entry) {
     Py_ssize_t at = 0;
     if (!PyDict_Check(entry)) return false;
     while (PyDict_Next(entry, &at, &name, &value)) {
       tensors.push_back(value);
-      if (!see_object(sink, value)) return false;
+      if (!sink.see(as_number(name)) || !see_object(sink, value)) return false;
     }
     return true;
   };
@@ -253,6 +257,7 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool d
   const auto see_param = [&](PyObject* object) {
     const c10::TensorImpl *outer = outer_of(object), *param = tensor_of(object);
     if (param == nullptr || (distributed && !sink.see(outer->requires_grad()))) return false;
+    if (outer != param && !sink.see(as_number(DTensors::slot(object, dtensors.spec)))) return false;
     const at::Tensor& grad = outer->grad();
     if (grad.defined() && outer == param) {
       grads.push_back(grad.unsafeGetTensorImpl());
@@ -265,6 +270,7 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool d
   };
   const auto see_grad = [&](const c10::TensorImpl* grad) {
     if (!see_layout(sink, grad) || at == addresses.room) return false;
+    if (grad->storage().data() == nullptr && grad->numel() != 0) return false;
     const int64_t address = as_number(address_of(sink, grad));
     if (address == 0 && grad->numel() != 0) return false;  // a lazy clone, whose memory Python is to make
     addresses.values[at++] = address;

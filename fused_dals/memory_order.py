@@ -20,8 +20,8 @@ def out_of_memory_order(flat: Tensor, like: Tensor) -> Tensor:
 def is_plain(tensor: Tensor) -> bool:
     """Whether its numbers lie at its address: not those of a wrapper around other tensors, of autograd's zeros without
     memory, or of a view that negates what it reads."""
-    try:
-        return (tensor.numel() == 0 or tensor.data_ptr() != 0) and not tensor.is_neg()
+    try:  # of the storage, because a tensor's own address is that plus an offset
+        return (tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0) and not tensor.is_neg()
     except RuntimeError:
         return False
 

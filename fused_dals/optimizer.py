@@ -365,7 +365,10 @@ class DALS(torch.optim.Optimizer):
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch.optim.Optimizer; groups also carry the run state: step, loss_ema, loss_drop, skipped_steps."""
+        """As of torch.optim.Optimizer; groups also carry the run state: step, loss_ema, loss_drop, skipped_steps.
+
+        As in torch, state tensors may be the live ones: copy.deepcopy keeps what they are now.
+        """
         if self.state:
             # A parameter that was unfrozen since the last step, say: all ranks are to hold the same keys.
             create_missing_state(self.param_groups, self.state, flat=lambda group, param: False)

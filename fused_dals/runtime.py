@@ -30,6 +30,7 @@ class Steady:
     fused: FusedPass
     fingerprint: Fingerprint | CompiledFingerprint
     plans: int  # LiveGroups.plans at that time
+    grads_are_own: bool  # the recorded gradients had memory of their own, as a step that writes them needs
 
 
 @dataclass

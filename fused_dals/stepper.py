@@ -14,7 +14,7 @@ from fused_dals.batch_update import BatchUpdate
 from fused_dals.capture import check_capturable, check_losses_capturable, is_capturing
 from fused_dals.fingerprint import take_fingerprint
 from fused_dals.fused import FusedPass, why_not_fused
-from fused_dals.gather import TensorBatch, create_missing_state, gather, parameter_label
+from fused_dals.gather import STATE_KEYS, TensorBatch, create_missing_state, gather, parameter_label
 from fused_dals.host_walk import HOST_WALK
 from fused_dals.loss_signal import NO_LOSS_WARNING, StepLoss
 from fused_dals.overlap import find_overlap
@@ -23,7 +23,7 @@ from fused_dals.runtime import Captured, Runtime, Steady
 from fused_dals.scalars import StepScalars
 from fused_dals.scan import any_twice, own_gradients, scan_gradients
 from fused_dals.self_check import serves_by_default
-from fused_dals.sharding import Shards, is_distributed_tensor, like, settle_gradients
+from fused_dals.sharding import Shards, is_distributed_tensor, like, local, settle_gradients
 from fused_dals.stats import TrustRatios
 
 SCHEDULE_IS_OVER = (
@@ -60,7 +60,7 @@ class Stepper:
                 own_gradients(self.groups)
             batches = gather(self.groups, self.state, runtime.shapes)
             self._check_memory(batches)
-            runtime.distributed = any(is_distributed_tensor(owner) for batch in batches for owner in batch.owners)
+            runtime.distributed = any(is_distributed_tensor(p) for group in self.groups for p in group["params"])
             runtime.shards = Shards.of(self.groups, runtime.shards)
         home = steady.fused.device if steady else self._home(batches)
         losses = [loss for loss in losses if loss is not None]
@@ -91,7 +91,7 @@ class Stepper:
             runtime.shards.set_present([place for batch in batches if not batch.absent for place in batch.places])
         self._run(passes, others, home, found_inf, grad_scale)
         runtime.state.calls += not capturing
-        self._remember(passes, others)
+        self._remember(passes, others, grads_are_own=grad_scale is not None)
         if not passes and host.knows(runtime.state.values):
             self.write_counters()
 
@@ -102,29 +102,41 @@ class Stepper:
             group.update(numbers)
 
     def _check_memory(self, batches: Sequence[TensorBatch]) -> None:
-        """Raise RuntimeError where parameters share memory: both would be stepped, in an order that nobody chose."""
-        params = [param for batch in batches for param in batch.params]
-        places = [(param.data_ptr(), param.numel(), param.stride()) for param in params]
+        """Raise RuntimeError where parameters share memory: both would be stepped, in an order that nobody chose.
+
+        So it is with state, which is looked at where kernels write to it, all tensors at once.
+        """
+        stepped = [
+            (label, owner, param, batch)
+            for batch in batches
+            for label, owner, param in zip(self._labels_of(batch), batch.owners, batch.params, strict=True)
+        ]
+        named = [(f"parameter {label!r}", param) for label, _, param, _ in stepped]
+        for label, owner, param, batch in stepped:
+            if self._flat(self.groups[batch.group_index], param) and (entry := self.state.get(owner)):
+                named += [(f"{key} of parameter {label!r}", local(entry[key])) for key in STATE_KEYS]
+        places = [(tensor.data_ptr(), tensor.numel(), tensor.stride()) for _, tensor in named]
         if places == self.runtime.memory:
             return
-        overlap = find_overlap(params)
+        overlap = find_overlap([tensor for _, tensor in named])
         if overlap is not None:
-            labels = [
-                parameter_label(self.groups[batch.group_index], batch.group_index, position)
-                for batch in batches
-                for position in batch.positions
-            ]
-            first, second = (labels[i] for i in overlap)
+            first, second = (named[i][0] for i in overlap)
+            is_state = overlap[1] >= len(stepped)
+            own = "give it memory of its own: state[key] = state[key].clone()"
             if overlap[0] == overlap[1]:
                 raise RuntimeError(
-                    f"DALS cannot step parameter {first!r}: several of its elements share memory, as in an expanded "
-                    "tensor; give it memory of its own, p.data = p.data.clone()"
+                    f"DALS cannot step {first}: several of its elements share memory, as in an expanded tensor; "
+                    + (own if is_state else "give it memory of its own, p.data = p.data.clone()")
                 )
             raise RuntimeError(
-                f"DALS cannot step parameters {first!r} and {second!r}: they share memory and would be stepped twice; "
-                "tie weights by one nn.Parameter that both modules hold"
+                f"DALS cannot step {first} and {second}: they share memory and would be stepped twice; "
+                + (own if is_state else "tie weights by one nn.Parameter that both modules hold")
             )
         self.runtime.memory = places
+
+    def _labels_of(self, batch: TensorBatch) -> list[str]:
+        group = self.groups[batch.group_index]
+        return [parameter_label(group, batch.group_index, position) for position in batch.positions]
 
     def _check_plan_capturable(self, fused: Sequence[TensorBatch], others: Sequence[TensorBatch]) -> None:
         """Raise RuntimeError where a step that is being captured would have to prepare something first."""
@@ -172,10 +184,10 @@ class Stepper:
         others: list[TensorBatch] = []
         for batch in batches:
             group, index = self.groups[batch.group_index], batch.group_index
+            _resolve_negation(batch)
             if batch.absent or not self._flat(group, batch.params[0]):
                 others.append(batch)
                 continue
-            _resolve_negation(batch)
             reasons = list(map(why_not_fused, batch.params, batch.grads))
             for position, reason in zip(batch.positions, reasons, strict=True):
                 if reason and group["fused"]:
@@ -205,7 +217,7 @@ class Stepper:
             passes.append(fused)
         return passes
 
-    def _remember(self, passes: Sequence[FusedPass], others: Sequence[TensorBatch]) -> None:
+    def _remember(self, passes: Sequence[FusedPass], others: Sequence[TensorBatch], grads_are_own: bool) -> None:
         """Let the next step go on with the tables of this one, if one fused pass did all of it."""
         if len(passes) != 1 or others:
             return
@@ -213,17 +225,19 @@ class Stepper:
             HOST_WALK.want()
         fingerprint = take_fingerprint(self.groups, self.state, self.runtime.distributed)
         if fingerprint is not None:
-            self.runtime.steady = Steady(passes[0], fingerprint, self.runtime.live_groups.plans)
+            self.runtime.steady = Steady(passes[0], fingerprint, self.runtime.live_groups.plans, grads_are_own)
 
     def _resume(self, writes_grads: bool) -> Steady | None:
         """The pass that did the last step, if nothing has changed since but the gradients' addresses."""
         steady, self.runtime.steady = self.runtime.steady, None
         if steady is None or steady.plans != self.runtime.live_groups.plans:
             return None
+        if writes_grads and not steady.grads_are_own:
+            return None
         if self.runtime.distributed and not settle_gradients(self.groups):
             return None
         addresses = steady.fingerprint.follow(self.groups, self.state)
-        # Expanded gradients do not match, because those of the last step had memory of their own.
+        # Expanded gradients do not match, because those that were recorded had memory of their own.
         if writes_grads and (addresses is None or any_twice(addresses)):
             own_gradients(self.groups)
             addresses = steady.fingerprint.follow(self.groups, self.state)

@@ -482,6 +482,25 @@ def test_a_process_that_cannot_be_ended_is_not_waited_for(
     assert left == [3] and "cannot be ended" in capsys.readouterr().err
 
 
+def test_rows_outlive_an_error_that_ends_their_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an illegal access, when nothing of the device works, not even to give memory back."""
+
+    def measured_and_broken(*args: Any, rows: list[timing.StepRow], **kwargs: Any) -> None:
+        rows += [timing.StepRow("resnet50", "fp32", name, 1, 1, 28, True) for name in (ADAMW, FUSED, SGD)]
+        rows[0].device_samples_s, rows[1].error = [1.0, 2.0], "RuntimeError: illegal memory access"
+        raise RuntimeError("no memory back")
+
+    monkeypatch.setattr(gpu_jobs, "time_contenders", measured_and_broken)
+    scale, results = Scale(models=("resnet50",), sections=("steps",), step_dtypes=("fp32",)), Results([1.0])
+    jobs = gpu_jobs.jobs_of(CpuMachine(), scale, results, Deadline.after(60), 0)
+    run_jobs(jobs, results, Deadline.after(60), CpuMachine())
+    adamw, fused = results.rows["steps"]
+    assert adamw.device_s.median == 1.5 and fused.error == "RuntimeError: illegal memory access"
+    assert [failure.error for failure in results.failures["steps"]] == ["RuntimeError: no memory back"]
+    targets = {target.label: target.passed for target in gpu_jobs.targets_of(results, 1, scale)}
+    assert targets["steps: every step of ours ran"] is False
+
+
 def test_a_section_that_loses_the_device_again_and_again_is_left_out() -> None:
     results = Results([1.0])
 

@@ -202,6 +202,27 @@ def state_swapped(case: Case) -> None:
     entry["grad_ema"], entry["momentum_buffer"] = entry["momentum_buffer"], entry["grad_ema"]
 
 
+def state_under_each_others_name(case: Case) -> None:
+    """The same tensors in the same order."""
+    h, m = case.state[case.params[0]].values()
+    case.state[case.params[0]] = {"momentum_buffer": h, "grad_ema": m}
+
+
+def state_under_each_others_parameter(case: Case) -> None:
+    """The same entries in the same order."""
+    entries, params = list(case.state.values()), list(case.state)
+    first, second = (next(i for i, p in enumerate(params) if p is case.params[place]) for place in (0, 1))
+    params[first], params[second] = params[second], params[first]
+    case.state.clear()
+    case.state.update(zip(params, entries, strict=True))
+
+
+def memory_freed_behind_an_offset(case: Case) -> None:
+    whole = torch.zeros(20, device=DEVICE)
+    case.state[case.params[0]]["grad_ema"].set_(whole.untyped_storage(), 8, (3, 4), (4, 1))
+    whole.untyped_storage().resize_(0)
+
+
 def state_elsewhere(case: Case) -> None:
     value = case.state[case.params[0]]["grad_ema"]
     value.data = value.data.clone()
@@ -265,6 +286,7 @@ UNCHANGED = [
 CHANGED = [
     replace_param, swap_params, move_param, drop_last_param, data_elsewhere, data_of_other_dtype, data_shrunk_in_place,
     data_of_other_strides, strides_of_another_order, grad_gone, grad_come, grad_moved, grad_transposed, grad_misaligned,
+    state_under_each_others_name, state_under_each_others_parameter, memory_freed_behind_an_offset,
     data_of_another_shape, grad_negated, grad_without_memory, state_of_other_strides, state_of_another_dtype,
     grad_of_other_dtype, grad_strides_of_another_order, grad_wrapped, grad_sparse, state_replaced, state_swapped,
     state_elsewhere, state_forgotten, state_in_other_tensors, last_states_forgotten, state_grown, state_foreign,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 import weakref
@@ -149,6 +150,15 @@ def param_replaced(case: Case) -> None:
     case.groups[0]["params"][1] = nn.Parameter(case.params[1].detach())
 
 
+def spec_replaced(case: Case) -> None:
+    """Another way of being split leaves the same shard where it was, on one rank."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    p = case.params[0]
+    p._spec = distribute_tensor(torch.zeros(4, 3), case.mesh, [Replicate()])._spec
+    case.renew_grads([p])
+
+
 def state_shard_elsewhere(case: Case) -> None:
     value = case.state[case.params[0]]["grad_ema"]
     value._local_tensor = value._local_tensor.clone()
@@ -170,8 +180,8 @@ def state_swapped(case: Case) -> None:
 UNCHANGED = [nothing, other_grads, grad_of_an_equal_spec, same_shard_in_another_tensor, state_written]
 CHANGED = [
     shard_elsewhere, shard_of_another_size, shard_of_another_kind, shard_gone, grad_gone, grad_come, grad_misaligned,
-    grad_transposed, frozen, plain_frozen, param_replaced, state_shard_elsewhere, state_shard_is_something_else,
-    state_replaced, state_swapped,
+    grad_transposed, spec_replaced, frozen, plain_frozen, param_replaced, state_shard_elsewhere,
+    state_shard_is_something_else, state_replaced, state_swapped,
 ]  # fmt: skip
 
 FEW_OR_MANY = pytest.mark.parametrize("others", [0, 1200], ids=["few", "many"])
@@ -339,6 +349,53 @@ def test_a_gradient_on_another_mesh_in_the_midst_of_a_run_is_an_error(either_wal
     case.renew_grads([p])
     optimizer.step(loss=1.0)
     assert not torch.equal(local(p), before)
+
+
+def test_state_that_is_split_otherwise_is_refused() -> None:
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    case = Case()
+    (p, *_) = case.params
+    optimizer = DALS([("p", p)], depth=0.5, fused=True)
+    case.renew_grads([p])
+    optimizer.step(loss=1.0)
+    optimizer.state[p]["grad_ema"] = distribute_tensor(torch.zeros(4, 3), case.mesh, [Replicate()])
+    with pytest.raises(
+        RuntimeError, match="parameter 'p' of group 0: its grad_ema is not split over the ranks"
+    ):
+        optimizer.step(loss=1.0)
+
+
+def test_an_optimizer_of_dtensors_is_copied_with_its_state() -> None:
+    case = Case()
+    optimizer = DALS([(f"{i}.p", p) for i, p in enumerate(case.params)], depth=0.5, fused=True)
+    for _ in range(2):
+        case.renew_grads(case.params)
+        optimizer.step(loss=1.0)
+    copied = copy.deepcopy(optimizer)
+    for p, q in zip(case.params, copied.param_groups[0]["params"], strict=True):
+        q.grad = dtensor(local(p.grad).clone(), q._spec)
+    for either in (optimizer, copied):
+        either.step(loss=1.0)
+    assert all(map(torch.equal, map(local, case.params), map(local, copied.param_groups[0]["params"])))
+
+
+def test_frozen_dtensors_beside_plain_parameters_count(seed: int) -> None:
+    """A rank has to notice when they train again, gradient or not: others wait for its sums."""
+    case = Case()
+    (p, *_) = case.params
+    p.requires_grad_(False)
+    p.grad = None
+    optimizer = DALS([("p", p), ("plain", case.plain)], depth=0.5, fused=True)
+    for _ in range(2):
+        case.plain.grad = torch.randn(6)
+        optimizer.step(loss=1.0)
+    assert optimizer._runtime.distributed and optimizer._runtime.steady is not None
+    p.requires_grad_(True)
+    case.plain.grad = torch.randn(6)
+    optimizer.step(loss=1.0)
+    (fused,) = optimizer._runtime.fused.values()
+    assert fused.preparations == 2
 
 
 def test_steps_of_settled_gradients_prepare_once(either_walk: str, seed: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fused_dals import DALS
 from fused_dals.gather import FLAT_BYTES, flat_zeros
+from fused_dals.memory_order import is_plain
 from tests.helpers import EVERY_PATH
 
 pytest.importorskip("triton")
@@ -231,3 +232,81 @@ def test_a_checkpoint_copies_small_state_alone(monkeypatch: pytest.MonkeyPatch) 
     saved = optimizer.state_dict()["state"]
     addresses = [optimizer.state[p]["grad_ema"].data_ptr() for p in params]
     assert [saved[i]["grad_ema"].data_ptr() == address for i, address in enumerate(addresses)] == [False, False, True]
+
+
+# -- memory that is shared --------------------------------------------------------------------------------------------
+
+
+def test_state_that_shares_memory_is_refused() -> None:
+    """Kernels write to all state at once, in an order that nobody chose."""
+    params = [nn.Parameter(torch.ones(8, device=DEVICE)) for _ in range(2)]
+    optimizer = DALS([(f"{i}.w", p) for i, p in enumerate(params)], fused=True)
+
+    def step() -> None:
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step(loss=1.0)
+
+    step()
+    kept = dict(optimizer.state[params[0]])
+    zeros = torch.zeros(8, device=DEVICE)
+    before = [p.detach().clone() for p in params]
+    optimizer.state[params[0]].update(grad_ema=zeros, momentum_buffer=zeros)
+    with pytest.raises(RuntimeError, match=r"grad_ema of parameter '0\.w' and momentum_buffer of .*: they share"):
+        step()
+    optimizer.state[params[0]] = dict(optimizer.state[params[1]])
+    with pytest.raises(RuntimeError, match=r"(\w+) of parameter '0\.w' and \1 of parameter '1\.w': they share"):
+        step()
+    optimizer.state[params[0]].update(kept, grad_ema=torch.zeros(1, device=DEVICE).expand(8))
+    with pytest.raises(RuntimeError, match=r"grad_ema of parameter '0\.w': several of its elements share"):
+        step()
+    assert all(map(torch.equal, params, before))
+    optimizer.state[params[0]].update(kept)
+    step()
+    assert not any(map(torch.equal, params, before))
+
+
+def test_what_else_is_in_the_state_is_left_alone() -> None:
+    """And so is state of a parameter that is not stepped, whatever it is."""
+    params = [nn.Parameter(torch.ones(8, device=DEVICE)) for _ in range(2)]
+    optimizer = DALS([(f"{i}.w", p) for i, p in enumerate(params)], fused=True)
+    optimizer.state[params[1]] = {"grad_ema": None, "momentum_buffer": "mine"}
+    for step in range(4):
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step(loss=1.0)
+        optimizer.state[params[0]].update(note="hello", count=torch.tensor(float(step)))
+    assert optimizer.state[params[0]]["note"] == "hello" and optimizer.state[params[1]]["grad_ema"] is None
+
+
+@pytest.mark.parametrize("kind", ["wrapper", "zeros", "freed"])
+@pytest.mark.parametrize("place", ["param", "grad", "state"])
+def test_what_has_no_memory_behind_an_offset(kind: str, place: str) -> None:
+    """Its address is no address, and not 0 either."""
+
+    def odd() -> Tensor:
+        if kind == "wrapper":
+            two: Any = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+            b, c = (torch.ones(20, device=DEVICE) for _ in range(2))
+            return two(b[8:20], c[8:20])  # type: ignore[no-any-return]
+        if kind == "zeros":
+            return torch._efficientzerotensor((20,), device=DEVICE)[8:]
+        whole = torch.ones(20, device=DEVICE)
+        view = whole[8:]
+        whole.untyped_storage().resize_(0)
+        return view
+
+    value = odd()
+    assert not is_plain(value)
+    if place == "state":
+        return  # laid out anew, as is everything that is not plain
+    p: Any = nn.Parameter(value if place == "param" else torch.ones(12, device=DEVICE))
+    optimizer = DALS([("w", p)], fused=True)
+    if place == "grad":
+        for _ in range(3):
+            p.grad = torch.ones(12, device=DEVICE)
+            optimizer.step(loss=1.0)
+        p.grad = value
+    else:
+        p.grad = odd() if kind == "wrapper" else torch.ones(12, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"whose numbers do not simply lie at its address"):
+        optimizer.step(loss=1.0)

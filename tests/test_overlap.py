@@ -225,7 +225,7 @@ def stepped(params: list[tuple[str, torch.nn.Parameter]], arguments: dict[str, A
 def test_a_step_refuses_parameters_that_share_memory(arguments: dict[str, Any]) -> None:
     memory = torch.ones(10)
     a, b = torch.nn.Parameter(memory[:6]), torch.nn.Parameter(memory[4:])
-    with pytest.raises(RuntimeError, match=r"parameters 'a' and 'b': they share memory .*one nn\.Parameter"):
+    with pytest.raises(RuntimeError, match=r"parameter 'a' and parameter 'b': they share memory .*one nn\.Parameter"):
         stepped([("a", a), ("b", b)], arguments)
     assert torch.equal(memory, torch.ones(10))
     wide = torch.nn.Parameter(torch.ones(3, 1).expand(3, 4))

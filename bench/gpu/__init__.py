@@ -78,12 +78,12 @@ def _give_up(path: Path | None, scale: Scale, progress: Progress, why: str) -> N
     """What there is where no process comes to the end: tables that nobody has seen, targets, file."""
     from bench.gpu import report
 
+    _write(path, scale, progress, why)
     if progress.described:
         for section in scale.sections:
             if section not in progress.shown and progress.begun:
                 print("\n" + report.section_text(section, progress.results))
         print("\n" + report.target_table(_targets(progress, scale) or []), flush=True)
-    _write(path, scale, progress, why)
 
 
 def _write(path: Path | None, scale: Scale, progress: Progress, ended: str) -> None:
@@ -178,7 +178,7 @@ def run(machine: Machine, scale: Scale, path: Path | None, workers: int, store: 
     show_ended()
     targets = _targets(progress, scale)
     print("\n" + report.target_table(targets or []))
-    results.note_conditions(machine, "end")
+    attempt(lambda: results.note_conditions(machine, "end"))
     save("complete")
     if path is not None:
         print(f"\nresults: {path}")

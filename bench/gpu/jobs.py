@@ -134,7 +134,7 @@ def _step_job(
                 time_is_up=deadline.passed,
                 rows=rows,
             )
-        except DeviceLost:
+        except (DeviceLost, Exception):
             results.rows["steps" if compile_budget is None else "compiled"] += finished(rows)
             raise
         return rows
@@ -177,7 +177,7 @@ def targets_of(results: Results, l2_bytes: int, scale: Scale) -> list[Target]:
         if failed and section not in CHECKED:
             targets.append(Target(f"{section}: all parts ran", "0 failed", f"{failed} failed", False))
     rows = results.rows
-    for section in ("launches", "host", "steps"):
+    for section in ("launches", "host", "steps", "compiled"):
         targets += own_failures(section, rows[section])
     if "launches" in scale.sections:
         targets += launch_targets(rows["launches"], scale.launch_counts)

@@ -107,13 +107,13 @@ def supervise(
     do not even come to a job, where time is up, or where somebody asks this process to end, nothing more is tried, and
     ``give_up`` is called with what there is.
     """
-    failed_starts, held = 0, []
+    failed_starts = 0
+    held: list[BaseProcess] = []
     asked: Any = signal.signal(signal.SIGTERM, _end) if threading.current_thread() is threading.main_thread() else None
     try:
         while True:
             before = store.load()
-            why, process = _watch(store, deadline, work)
-            held.append(process)
+            why = _watch(store, deadline, work, held)
             progress = store.load()
             if progress.status is not None:
                 return _leave(progress.status, held)
@@ -162,10 +162,11 @@ def _leave(status: int, held: Sequence[BaseProcess]) -> int:
     return status
 
 
-def _watch(store: Store, deadline: Deadline, work: Callable[[Store, Deadline], int]) -> tuple[str, BaseProcess]:
-    """Start a process and see it to its end; says why it ended."""
+def _watch(store: Store, deadline: Deadline, work: Callable[[Store, Deadline], int], held: list[BaseProcess]) -> str:
+    """Start a process, which ``held`` gets, and see it to its end; says why it ended."""
     process = multiprocessing.get_context("spawn").Process(target=_enter, args=(work, store, deadline))
     process.start()
+    held.append(process)
     try:
         limit_s, since = _bounded(deadline, START_SECONDS), time.monotonic()
         seen, at = _version(store), store.load()
@@ -179,8 +180,8 @@ def _watch(store: Store, deadline: Deadline, work: Callable[[Store, Deadline], i
                 limit_s = _bounded(deadline, START_SECONDS) if progress.running is None else progress.running[2]
                 limit_s = limit_s if progress.status is None else END_SECONDS
             elif time.monotonic() - since > limit_s:
-                return f"{NO_WORD} for {limit_s:.0f} s", process
-        return f"the process ended with status {process.exitcode}", process
+                return f"{NO_WORD} for {limit_s:.0f} s"
+        return f"the process ended with status {process.exitcode}"
     finally:
         # With all that it has started but a compiler, which ends by itself, in case of an interrupt too.
         process.kill()

@@ -228,15 +228,15 @@ def test_gradients_that_share_memory_in_the_midst_of_a_run(shared: str, path: di
 
 
 def test_a_scale_that_comes_in_the_midst_of_a_run(path: dict[str, Any]) -> None:
-    """Gradients of equal elements before it, which nobody wrote to, and with it."""
-    p = nn.Parameter(torch.ones(40, 7))
+    """Gradients of equal elements before it, which nobody wrote to, and with it; too many to be read all at once."""
+    p = nn.Parameter(torch.ones(100, 70))
     optimizer = DALS([("w", p)], amp_fused=True, **path)
     for step in range(4):
-        p.grad = torch.full((1, 7), 16.0 if step < 2 else 64.0).expand(40, 7)
+        p.grad = torch.full((1, 70), 16.0 if step < 2 else 64.0).expand(100, 70)
         if step == 2:
             vars(optimizer).update(grad_scale=torch.tensor(4.0), found_inf=torch.tensor(0.0))
         optimizer.step(loss=1.0)
-        assert torch.equal(p.grad, torch.full((40, 7), 16.0))
+        assert torch.equal(p.grad, torch.full((100, 70), 16.0))
 
 
 def test_a_scaler_over_parameters_without_gradients(path: dict[str, Any]) -> None:

@@ -360,9 +360,7 @@ def test_state_that_is_split_otherwise_is_refused() -> None:
     case.renew_grads([p])
     optimizer.step(loss=1.0)
     optimizer.state[p]["grad_ema"] = distribute_tensor(torch.zeros(4, 3), case.mesh, [Replicate()])
-    with pytest.raises(
-        RuntimeError, match="parameter 'p' of group 0: its grad_ema is not split over the ranks"
-    ):
+    with pytest.raises(RuntimeError, match="parameter 'p' of group 0: its grad_ema is not split over the ranks"):
         optimizer.step(loss=1.0)
 
 

@@ -43,7 +43,7 @@ def _check_takes_two(rule: Callable[..., Any], where: str) -> None:
     """Raise TypeError unless ``rule`` can be called as f(name, parameter), as far as it tells."""
     try:
         signature = inspect.signature(rule)
-    except (TypeError, ValueError):  # some builtins have none
+    except Exception:  # some builtins have none, and annotations may name what cannot be found
         return
     try:
         signature.bind("name", None)
@@ -118,8 +118,8 @@ def check_depth_keys(rule: DepthRule, names: Iterable[str], where: str) -> None:
 def repeated_name_warning(where: str, name: str) -> str:
     """What is said where parameters of two groups have one name, and depths go by names."""
     return (
-        f"{where}: parameter name {name!r} is in another group, too. Depths go by names, so these parameters are taken "
-        "for one, and depths are likely wrong. Give names of the whole model, such as "
+        f"{where}: parameter name {name!r} is that of two parameters. Depths go by names, so these are taken for one, "
+        "and depths are likely wrong. Give names of the whole model, such as "
         'model.head.named_parameters(prefix="head") has, and depth=infer_depths(model) with them.'
     )
 

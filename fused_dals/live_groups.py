@@ -69,7 +69,7 @@ class LiveGroups:
     clips: bool = False
     skips: bool = False
     capturable: bool = False
-    first_end: int | None = None  # total_steps of the built-in schedule that is over first
+    ends: tuple[int, ...] = ()  # total_steps of the built-in schedules
     _flags_of: int = 0
     _lrs_are_sound: bool = False  # all of them
     _was_cut_short: bool = False  # the last check: the walk may have noted what nobody came to look at
@@ -108,7 +108,7 @@ class LiveGroups:
             self.clips = any(group["max_grad_norm"] is not None for group in groups)
             self.skips = any(group["skip_nonfinite"] for group in groups)
             self.capturable = any(group["capturable"] for group in groups)
-            self.first_end = min((n for group in groups if (n := group["total_steps"]) is not None), default=None)
+            self.ends = tuple(dict.fromkeys(n for group in groups if (n := group["total_steps"]) is not None))
             self._flags_of = self.tables
 
     def _check(self, group: Mapping[str, Any], index: int) -> None:

@@ -17,13 +17,17 @@ def out_of_memory_order(flat: Tensor, like: Tensor) -> Tensor:
     return flat.view([like.shape[dim] for dim in order]).permute(places)
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether its numbers lie at its address: not those of a wrapper around other tensors, of autograd's zeros without
-    memory, or of a view that negates what it reads."""
+def has_memory(tensor: Tensor) -> bool:
+    """Whether it has elements in memory: a wrapper around other tensors has none, nor have autograd's zeros."""
     try:  # of the storage, because a tensor's own address is that plus an offset
-        return (tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0) and not tensor.is_neg()
+        return tensor.numel() > 0 and tensor.untyped_storage().data_ptr() != 0
     except RuntimeError:
         return False
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers, if it has any, lie at its address, and it is no view that negates what it reads there."""
+    return (has_memory(tensor) or tensor.numel() == 0) and not tensor.is_neg()
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -222,7 +223,8 @@ class DALS(torch.optim.Optimizer):
             if rule is not depths.rule:
                 check_depth_keys(rule, names or (), where)
             depths.learn_rule(rule, index, labelled, where)
-            known = [name for name in names or () if name in depths.names]
+            count = Counter(names or ())
+            known = [name for name in names or () if name in depths.names or count[name] > 1]
             depths.learn_names(names or ())
             params = param_group["params"]
             shapes = None if any(map(is_lazy, params)) else [tuple(param.shape) for param in params]
@@ -245,14 +247,21 @@ class DALS(torch.optim.Optimizer):
             )
 
     def _warn_of_repeated_names(self, index: int, known: Sequence[str], rule: DepthRule) -> None:
-        """Once, where a name among ``known`` is that of a parameter of an earlier group, and gives the depth."""
-        if "depth" in self.param_groups[index]:  # a number for the whole group
+        """Once, where a name among ``known`` is that of another parameter, of this or an earlier group, and both go by
+        it."""
+        depths = self._runtime.depths
+        if not known:  # as a rule; the look at all groups would take long where there are thousands
             return
-        by_name = [name for name in known if self._runtime.depths.goes_by_name(index, name, rule)]
-        if not by_name:
-            return
-        elsewhere = {name for group in self.param_groups[:index] for name in parameter_names(group) or ()}
-        repeated = [name for name in by_name if name in elsewhere]
+        # A number for a whole group is no name.
+        by_name = [
+            name
+            for place, group in enumerate(self.param_groups[: index + 1])
+            if "depth" not in group
+            for name in (known if place == index else parameter_names(group) or ())
+            if depths.goes_by_name(place, name, rule if place == index else depths.rule)
+        ]
+        count = Counter(by_name)
+        repeated = [] if "depth" in self.param_groups[index] else [name for name in known if count[name] > 1]
         if repeated:
             self._runtime.warn_once("repeated names", repeated_name_warning(f"group {index}", repeated[0]) + OF_MODELS)
 

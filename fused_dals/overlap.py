@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fused_dals.memory_order import has_memory
+
 #: Steps of the search that one call may take, half a second of them. Two views of one tensor usually take a few.
 MAX_STEPS = 1 << 18
 
@@ -30,15 +32,15 @@ Extent: TypeAlias = tuple[int, int, int, Dims]
 def find_overlap(params: Sequence[Tensor]) -> tuple[int, int] | None:
     """Indices i <= j of two parameters that share memory, i == j for one whose own elements do; None if there are none.
 
-    Bytes are compared, whatever the dtypes, and devices share none. Tensors without memory (empty, lazy, sparse, meta)
-    overlap nothing; one that is listed twice overlaps. There is no false alarm. An overlap may be missed only among
-    views so tangled that MAX_STEPS steps of search do not decide.
+    Bytes are compared, whatever the dtypes, and devices share none. Tensors without memory (empty, lazy, sparse, meta,
+    wrappers around others) overlap nothing; one that is listed twice overlaps. There is no false alarm. An overlap may
+    be missed only among views so tangled that MAX_STEPS steps of search do not decide.
     """
     by_device: dict[torch.device, list[Extent]] = {}
     for index, param in enumerate(params):
-        if is_lazy(param) or param.layout != torch.strided or not (size := param.nbytes):
+        if is_lazy(param) or param.layout != torch.strided or not has_memory(param):
             continue
-        start = param.data_ptr()
+        start, size = param.data_ptr(), param.nbytes
         extent = (start, start + size, index, ()) if param.is_contiguous() else _strided(param, index)
         by_device.setdefault(param.device, []).append(extent)
     steps = iter(range(MAX_STEPS))

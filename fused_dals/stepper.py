@@ -17,6 +17,7 @@ from fused_dals.fused import FusedPass, why_not_fused
 from fused_dals.gather import STATE_KEYS, TensorBatch, create_missing_state, gather, parameter_label
 from fused_dals.host_walk import HOST_WALK
 from fused_dals.loss_signal import NO_LOSS_WARNING, StepLoss
+from fused_dals.memory_order import is_plain
 from fused_dals.overlap import find_overlap
 from fused_dals.run_state import StepInputs
 from fused_dals.runtime import Captured, Runtime, Steady
@@ -106,33 +107,40 @@ class Stepper:
 
         So it is with state, which is looked at where kernels write to it, all tensors at once.
         """
-        stepped = [
-            (label, owner, param, batch)
-            for batch in batches
-            for label, owner, param in zip(self._labels_of(batch), batch.owners, batch.params, strict=True)
-        ]
-        named = [(f"parameter {label!r}", param) for label, _, param, _ in stepped]
-        for label, owner, param, batch in stepped:
-            if self._flat(self.groups[batch.group_index], param) and (entry := self.state.get(owner)):
-                named += [(f"{key} of parameter {label!r}", local(entry[key])) for key in STATE_KEYS]
-        places = [(tensor.data_ptr(), tensor.numel(), tensor.stride()) for _, tensor in named]
+        params = [param for batch in batches for param in batch.params]
+        state = [value for batch in batches for _, _, value in self._state_for_kernels(batch)]
+        tensors = params + state
+        places = [(tensor.data_ptr(), tensor.numel(), tensor.stride()) for tensor in tensors]
         if places == self.runtime.memory:
             return
-        overlap = find_overlap([tensor for _, tensor in named])
+        overlap = find_overlap(tensors)
         if overlap is not None:
-            first, second = (named[i][0] for i in overlap)
-            is_state = overlap[1] >= len(stepped)
-            own = "give it memory of its own: state[key] = state[key].clone()"
+            labels = [f"parameter {label!r}" for batch in batches for label in self._labels_of(batch)]
+            for batch in batches:
+                own = self._labels_of(batch)
+                labels += [f"{key} of parameter {own[i]!r}" for i, key, _ in self._state_for_kernels(batch)]
+            first, second = (labels[i] for i in overlap)
+            is_state = overlap[1] >= len(params)
+            own_memory = "give it memory of its own: state[key] = state[key].clone()"
             if overlap[0] == overlap[1]:
                 raise RuntimeError(
                     f"DALS cannot step {first}: several of its elements share memory, as in an expanded tensor; "
-                    + (own if is_state else "give it memory of its own, p.data = p.data.clone()")
+                    + (own_memory if is_state else "give it memory of its own, p.data = p.data.clone()")
                 )
             raise RuntimeError(
                 f"DALS cannot step {first} and {second}: they share memory and would be stepped twice; "
-                + (own if is_state else "tie weights by one nn.Parameter that both modules hold")
+                + (own_memory if is_state else "tie weights by one nn.Parameter that both modules hold")
             )
         self.runtime.memory = places
+
+    def _state_for_kernels(self, batch: TensorBatch) -> list[tuple[int, str, Tensor]]:
+        """Which of the batch, which state, and the tensor: all that is there and kernels are to write to."""
+        entries = [(i, entry) for i, owner in enumerate(batch.owners) if (entry := self.state.get(owner))]
+        # In this order: what kernels serve may be tried out when first asked for, which no captured step can do.
+        if not entries or not self._flat(self.groups[batch.group_index], batch.params[0]):
+            return []
+        found = [(i, key, local(entry[key])) for i, entry in entries for key in STATE_KEYS]
+        return [(i, key, value) for i, key, value in found if is_plain(value)]  # all else is copied before that
 
     def _labels_of(self, batch: TensorBatch) -> list[str]:
         group = self.groups[batch.group_index]
@@ -364,13 +372,14 @@ class Stepper:
         It waits for no device: where only the device knows how many steps were taken, it goes by those that were asked
         for, and comes too early by the number of dropped ones, or too late by those that a graph replayed.
         """
-        state, end = self.runtime.state, self.runtime.live_groups.first_end
-        if end is None or state.calls < end or f"total_steps={end}" in self.runtime.warned:
-            return
-        if host.knows(state.values) and state.numbers()["step"] < end:
-            return
-        index = next(i for i, group in enumerate(self.groups) if group["total_steps"] == end)
-        self.runtime.warn_once(f"total_steps={end}", SCHEDULE_IS_OVER.format(index=index, end=end))
+        state = self.runtime.state
+        for end in self.runtime.live_groups.ends:
+            if state.calls < end or f"total_steps={end}" in self.runtime.warned:
+                continue
+            if host.knows(state.values) and state.numbers()["step"] < end:
+                continue
+            index = next(i for i, group in enumerate(self.groups) if group["total_steps"] == end)
+            self.runtime.warn_once(f"total_steps={end}", SCHEDULE_IS_OVER.format(index=index, end=end))
 
     def _only_creates_state(self, batches: Sequence[TensorBatch], home: torch.device) -> bool:
         """Whether this is the call by which distributed checkpointing makes an optimizer create its state.

@@ -13,7 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.hooks import RemovableHandle
 
 from fused_dals.depth import Depths, depths_from_names
-from fused_dals.depth_rule import check_depth, repeated_name_warning
+from fused_dals.depth_rule import check_depth, check_live_depth, repeated_name_warning
 from fused_dals.gather import group_labels
 from fused_dals.optimizer import DALS
 
@@ -58,7 +58,11 @@ class ZeroDALS(ZeroRedundancyOptimizer):
         groups, name_of = _without_names(params)
         depths = depths_from_names([list(name_of.values())]) if depth is None else depth
         depths = depths.of(name_of.values()) if isinstance(depths, Depths) else depths
-        repeated = [name for name, count in Counter(name_of.values()).items() if count > 1]
+        for index, group in enumerate(groups):
+            if "depth" in group:
+                check_live_depth(group["depth"], f"ZeroDALS: group {index}")
+        by_name = [name_of[param] for group in groups if "depth" not in group for param in group["params"]]
+        repeated = [name for name, count in Counter(by_name).items() if count > 1]
         if repeated:
             warnings.warn(repeated_name_warning("ZeroDALS", repeated[0]), stacklevel=2)
         without = [name for name in name_of.values() if name not in depths]
@@ -105,6 +109,8 @@ class ZeroDALS(ZeroRedundancyOptimizer):
 
     def current_lr(self) -> list[float]:
         """As of DALS."""
+        # Schedulers write to the former.
+        self._sync_param_groups(self.param_groups, self.local.param_groups)  # type: ignore[attr-defined]
         return self.local.current_lr()
 
     @property

@@ -176,15 +176,15 @@ def test_a_name_in_two_groups_is_warned_of_once() -> None:
     model = Halves()
     halves = lambda: [{"params": model.base.named_parameters()}, {"params": model.head.named_parameters()}]  # noqa: E731
     with pytest.warns(
-        UserWarning, match=r"group 1: parameter name '0.weight' is in another group, too.*prefix="
+        UserWarning, match=r"group 1: parameter name '0.weight' is that of two parameters.*prefix="
     ) as seen:
         DALS(halves())
     assert len(seen) == 1 and seen[0].filename == __file__
     rules: list[Any] = [{"0.weight": 0.5}, infer_depths(model.base)]
     for depth in rules:
-        with pytest.warns(UserWarning, match="'0.weight' is in another group, too"):
+        with pytest.warns(UserWarning, match="'0.weight' is that of two parameters"):
             DALS(halves(), depth=depth)
-    with pytest.warns(UserWarning, match="'0.bias' is in another group, too"):
+    with pytest.warns(UserWarning, match="'0.bias' is that of two parameters"):
         groups = halves()
         DALS([groups[0], {**groups[1], "depth": {"0.weight": 1.0}}])
 
@@ -201,6 +201,15 @@ def test_names_of_the_whole_model_and_depths_of_ones_own_are_not_warned_of() -> 
     DALS([{"params": half.named_parameters(), "depth": infer_depths(half)} for half in halves])
     DALS([{"params": half.named_parameters(), "depth": 0.5} for half in halves])
     DALS([{"params": half.named_parameters()} for half in halves], depth=lambda name, p: 0.5)
+
+
+def test_names_that_no_depth_goes_by_are_not_warned_of_and_two_in_one_group_are() -> None:
+    a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    for depth in (0.1, {"w": 0.1}):
+        DALS([{"params": [("w", a)], "depth": depth}, {"params": [("w", b), ("v", c)]}])
+        DALS([{"params": [("w", b), ("v", c)]}, {"params": [("w", a)], "depth": depth}])
+    with pytest.warns(UserWarning, match="group 0: parameter name 'w' is that of two parameters"):
+        DALS([("w", a), ("w", b), ("v", c)])
 
 
 def test_a_group_may_leave_and_come_back() -> None:

@@ -110,6 +110,21 @@ def test_dropped_steps_do_not_bring_the_end_of_the_schedule_nearer() -> None:
         step(optimizer)
 
 
+def test_every_schedule_that_ends_is_told_of() -> None:
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [("a", a)], "total_steps": 2}, {"params": [("b", b)], "total_steps": 4}]
+    optimizer = DALS(groups)
+    with pytest.warns(UserWarning) as seen:
+        for _ in range(7):
+            a.grad, b.grad = torch.ones(2), torch.ones(2)
+            optimizer.step(loss=1.0)
+    said = [str(warning.message) for warning in seen]
+    assert [
+        f"group {i}: more than total_steps={n} steps" in text
+        for (i, n), text in zip(((0, 2), (1, 4)), said, strict=True)
+    ]
+
+
 def test_the_end_of_the_schedule_is_seen_without_asking_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the host does not know the count of steps, it goes by its calls."""
     optimizer = DALS(mlp(3, 2), total_steps=2)

@@ -212,7 +212,7 @@ def test_zero_can_be_looked_into_by_names() -> None:
 
 def test_zero_warns_of_names_of_two_groups() -> None:
     (said,) = on_ranks(1, runs.zero_with_repeated_names)
-    assert len(said) == 1 and said[0].startswith("ZeroDALS: parameter name 'weight' is in another group, too.")
+    assert len(said) == 1 and said[0].startswith("ZeroDALS: parameter name 'weight' is that of two parameters.")
 
 
 # -- where ranks might part ways ----------------------------------------------------------------------------------

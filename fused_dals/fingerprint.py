@@ -1,9 +1,9 @@
 """Whether a step may go on with what the last one prepared: everything that a plan depends on, compared in bulk.
 
 In Python the lists are built by C loops over the tensors, 20 to 150 ns per tensor and attribute; nothing is hashed, and
-no tensor is compared by value. State is not held, so that memory which somebody takes away between two steps comes
-back: another tensor in the same place and of the same layout is as good. The compiled walk asks the same, where it is
-there.
+no tensor is compared by value. What is left out follows from the rest: a gradient has its parameter's shape, and a
+state tensor of the same identity, size and place needs no look at its layout. State is not held, so that memory which
+somebody takes away between two steps comes back. The compiled walk asks the same, and sees the layout of state, too.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ class Fingerprint:
         self._specs = _specs_of(params) if distributed else []  # held, too
         if distributed:
             params, grads, state_tensors = ([*map(local, tensors)] for tensors in (params, grads, state_tensors))
+        # Others are the very objects that were found plain; gradients usually are new ones.
+        odd = set(map(type, grads)) - PLAIN_TYPES or any(map(Tensor.is_neg, grads))
+        if odd and not all(map(is_plain, grads)):
+            raise RuntimeError("a gradient has no memory, or negates what it reads there")
         self._grad_addresses = _addresses(grads)
         self._parts = (
             missing,
@@ -71,9 +75,10 @@ class Fingerprint:
             _addresses(params),
             _addresses(state_tensors),
             [address % WIDE_BYTES for address in self._grad_addresses],
-            *(list(map(_shape, tensors)) for tensors in (params, grads, state_tensors)),
-            *(list(map(_dtype, tensors)) for tensors in (params, grads, state_tensors)),
-            *(_layouts(tensors) for tensors in (params, grads, state_tensors)),
+            list(map(_shape, params)),  # which is a gradient's, too
+            list(map(Tensor.numel, state_tensors)),
+            *(list(map(_dtype, tensors)) for tensors in (params, grads)),
+            *(_layouts(tensors) for tensors in (params, grads)),
         )
 
     def is_outdated(self) -> bool:
@@ -141,12 +146,10 @@ def _state_of(state: State) -> list[Tensor]:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Raises RuntimeError where one is not simply where its elements are."""
+    """Raises RuntimeError where one has elements and no memory."""
     addresses = list(map(Tensor.data_ptr, tensors))
-    kinds = set(map(type, tensors)) - PLAIN_TYPES
-    odd = kinds or 0 in addresses or any(map(Tensor.is_neg, tensors)) or any(map(torch._is_zerotensor, tensors))
-    if odd and not all(map(is_plain, tensors)):
-        raise RuntimeError("a tensor has no memory, or negates what it reads there")
+    if 0 in addresses and not all(map(is_plain, tensors)):
+        raise RuntimeError("a tensor has no memory")
     return addresses
 
 

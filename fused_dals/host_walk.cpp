@@ -133,11 +133,17 @@ bool see_address(Sink& sink, const c10::TensorImpl* tensor) {
   return has_memory && sink.see(as_number(address_of(sink, tensor)));
 }
 
+template <class Sink>
+bool see_all(Sink& sink, c10::IntArrayRef numbers) {
+  return std::all_of(numbers.begin(), numbers.end(), [&](int64_t number) { return sink.see(number); });
+}
+
 // Wrappers around other tensors, and views that are more than a look at memory.
 constexpr c10::DispatchKeySet NOT_PLAIN({c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
                                          c10::DispatchKey::ZeroTensor});
 
-// Dtype, device and shape, and the strides of what is not contiguous; false for what only Python understands.
+// Dtype, device, number of dimensions and of elements, and sizes and strides of what is not contiguous; false for what
+// only Python understands.
 template <class Sink>
 bool see_layout(Sink& sink, const c10::TensorImpl* tensor) {
   if (tensor->key_set().has_any(NOT_PLAIN) || tensor->layout() != c10::kStrided) return false;
@@ -147,13 +153,8 @@ bool see_layout(Sink& sink, const c10::TensorImpl* tensor) {
                        static_cast<int64_t>(device.type()) << 8 |
                        static_cast<int64_t>(static_cast<uint8_t>(device.index())) << 16 |
                        static_cast<int64_t>(contiguous) << 24 | tensor->dim() << 32;
-  if (!sink.see(kind)) return false;
-  for (const int64_t size : tensor->sizes())
-    if (!sink.see(size)) return false;
-  if (contiguous) return true;
-  for (const int64_t stride : tensor->strides())
-    if (!sink.see(stride)) return false;
-  return true;
+  if (!sink.see(kind) || !sink.see(tensor->numel())) return false;
+  return contiguous || (see_all(sink, tensor->sizes()) && see_all(sink, tensor->strides()));
 }
 
 template <class Sink>
@@ -266,7 +267,9 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool d
       grads.push_back(shards == nullptr ? nullptr : tensor_of(shards));
       if (grads.back() == nullptr) return false;
     }
-    return see_layout(sink, param) && see_address(sink, param) && sink.see(grad.defined());
+    // A gradient has its parameter's shape, and state is looked at in memory.
+    return see_layout(sink, param) && see_all(sink, param->sizes()) && see_address(sink, param) &&
+           sink.see(grad.defined());
   };
   const auto see_grad = [&](const c10::TensorImpl* grad) {
     if (!see_layout(sink, grad) || at == addresses.room) return false;

@@ -1,11 +1,14 @@
 """What the fused pass moves to and from memory and how long it takes, PREDICTED: its work list replayed.
 
-Time: programs draw items in ticket order, each one ahead. Memory serves them in the order in which they begin, at its
-bandwidth. An item of stage A takes that long and no less than its latencies. One of stage B, whose stores nobody waits
-for, takes its latencies alone where stage A has left it all it loads, and as long as A's where A only reads, so that B
-fetches m itself (and, an upper bound, its stores). Latencies are ASSUMED: ITEM_SECONDS, TILE_SECONDS, and how long
-what B loads takes from the L2 cache, L2_BYTES_PER_S. The last item of a tensor's stage A makes the trust ratio
-besides, in RATIO_SECONDS, also assumed; stage B waits for it, and begins then.
+Time: programs draw items in ticket order, each one ahead. Memory serves them in the order in which they begin, at a
+share of the bandwidth of a copy. An item of stage A takes that long and no less than its latencies. One of stage B,
+whose stores nobody waits for, takes its latencies alone where stage A has left it all it loads, and as long as A's
+where A only reads, so that B fetches m itself (and, an upper bound, its stores). The last item of a tensor's stage A
+makes the trust ratio besides; stage B waits for it, and begins then.
+
+Latencies, the cache's pace and the share of the bandwidth are those with which the model comes closest to the times
+that were measured on an H200, 3 % off in the mean (docs/design.md has both); where a number is assumed or follows from
+others, it says so. Another GPU has others.
 
 Bytes: the cache is fully associative, replaces what was used least recently, and holds all of a chunk's tensors or
 none: p, g, h and m of 8192 float32 elements are 128 KiB of some 50 MB. An item uses its chunk when half of its time is
@@ -14,7 +17,8 @@ tensor is written twice in a step. What stage B finds no more is added to the ti
 
 Not in the model: that tails, and tensors of odd addresses or strides, are not marked; sets and hashes of addresses,
 halves of an L2 that may hold a line twice, sectors, the work list and the partial sums (4 bytes per 1000
-parameters), and the latency of what stage B misses. Hashes and halves are why a smaller cache should be tried too.
+parameters), and the latency of what stage B misses. Hashes and halves are why a smaller cache should be tried too: 55 %
+of an H200's explain the bytes that its counters tell.
 """
 
 from __future__ import annotations
@@ -30,8 +34,6 @@ import torch
 from numpy.typing import NDArray
 
 from bench.byte_table import Dtypes, item_sizes, least_bytes, uncached_bytes
-from fused_dals import buckets
-from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
 from fused_dals.fused import PROGRAMS_PER_SM, TILE, FusedPass
 from fused_dals.kernels import layout
 from fused_dals.worklist import packed_work_list
@@ -40,17 +42,21 @@ Integers = NDArray[np.int64]
 
 #: Of an item of stage A and of stage B, beside its tiles: reading the tensor's row, then drawing the next ticket while
 #: stores are on their way, two sums over all threads and arriving, or looking at a flag.
-ITEM_SECONDS = (1.1e-6, 0.7e-6)
+ITEM_SECONDS = (2.7e-6, 1.5e-6)
 #: Of a tile, whose loads are under way together: from memory, and of stage B the way to the L2 cache and back. Tiles
 #: come one after the other: in the machine code the next one's loads stand behind the stores.
-TILE_SECONDS = (0.8e-6, 0.2e-6)
-#: What one multiprocessor gets from its L2 cache: 64 bytes a clock of 1.7 GHz. What stage B loads comes at that pace.
-L2_BYTES_PER_S = 110e9
+TILE_SECONDS = (2.0e-6, 0.4e-6)
+#: Of two tiles of stage A that are loaded together. PREDICTED: one tile's wait of 1.7 us, and the work on two.
+PAIR_SECONDS = 2.3e-6
+#: What one multiprocessor gets from its L2 cache. What stage B loads comes at that pace.
+L2_BYTES_PER_S = 69e9
+#: Of a copy's bandwidth, what memory gives to seven streams of reads and writes: 3.61 of 4.23 TB/s.
+MIXED_SHARE = 0.855
 
-#: Of a trust ratio, and besides for every 1024 chunks: fetching what the chunks have left, two sums over all threads,
-#: two roots and a division, and a flag behind a fence.
-RATIO_SECONDS = (1.3e-6, 0.4e-6)
-#: What a tensor of one chunk is spared of all that: to arrive, to fetch and to add.
+#: Of a trust ratio: fetching what the chunks have left, two sums over all threads, two roots and a division, and a
+#: flag behind a fence. ASSUMED: what comes besides for every 1024 chunks.
+RATIO_SECONDS = (2.1e-6, 0.4e-6)
+#: What a tensor of one chunk is spared of all that: to arrive, to fetch and to add. ASSUMED.
 LONE_CHUNK_SECONDS = 1.2e-6
 
 #: What happens to an item: it is taken up, its tensor's trust ratio is there for it, it is done, and, of a tensor's
@@ -67,12 +73,13 @@ class PassPlan:
     sizes: tuple[int, ...]
     dtypes: Dtypes
     window: int
-    chunk: int = CHUNK
+    chunk: int = layout.chunk_elements(4, 4, 4)
     stage_a_writes: bool = True
     evict_first: bool = True
     programs: int = 1
     tile: int = TILE
     most_in_b: int = layout.MOST_IN_B  # elements of a tile of stage B, where A writes
+    in_pairs: bool = True  # whether stage A loads two tiles together where all is 16-bit
     bandwidth: float = 0.0
     merged: int = 1  # chunks of the pass in one of these
 
@@ -80,6 +87,10 @@ class PassPlan:
     def tile_of_b(self) -> int:
         """Elements that stage B loads before it stores."""
         return max(self.tile, min(self.chunk // self.merged, self.most_in_b)) if self.stage_a_writes else self.tile
+
+    @property
+    def loads_pairs(self) -> bool:
+        return self.in_pairs and 8 * sum(item_sizes(self.dtypes)) <= layout.BITS_IN_PAIRS
 
     def coarser(self, most_chunks: int) -> PassPlan:
         """The same in fewer, larger chunks: quicker to replay, the blur of a few of them.
@@ -129,9 +140,9 @@ def plan_in_use() -> dict[str, Any]:
     """What the fused pass is launched with where nothing else is asked for, for the record of a measurement."""
     default = FusedPass(torch.device("cpu"))  # launches nothing; what it chooses does not depend on the device
     return {
-        "chunk": CHUNK,
+        "chunk_bytes": layout.CHUNK_BYTES,
         "tile": TILE,
-        "window_share": WINDOW_SHARE_OF_L2,
+        "window_per_program": default.window / default.programs,
         "programs_per_sm": PROGRAMS_PER_SM,
         "stage_a_writes": default.stage_a_writes,
         "evict_first": default.evict_first,
@@ -145,11 +156,14 @@ def bounds(plan: PassPlan) -> tuple[int, int]:
     return least_bytes(*sizes), uncached_bytes(*sizes, plan.stage_a_writes)
 
 
-def window_chunks(share: float, l2_bytes: int, dtypes: Dtypes, chunk: int = CHUNK) -> int:
-    """A window that is this share of the L2 cache, in chunks; an infinite one puts all A before all B."""
-    if math.isinf(share):
-        return int(layout.CHUNK_MASK)
-    return buckets.window_chunks(share, l2_bytes, *item_sizes(dtypes), chunk)
+def window_chunks(multiple: float, programs: int) -> int:
+    """A window of so many chunks for each program; an infinite one puts all A before all B."""
+    return int(layout.CHUNK_MASK) if math.isinf(multiple) else round(multiple * programs)
+
+
+def chunk_of(dtypes: Dtypes, chunk_bytes: int = layout.CHUNK_BYTES) -> int:
+    """Elements of a chunk, as the optimizer chooses them."""
+    return int(layout.chunk_elements(*(dtype.itemsize for dtype in dtypes), chunk_bytes))
 
 
 def predict(plan: PassPlan, *cache_bytes: int) -> list[Traffic]:
@@ -161,7 +175,7 @@ def predict(plan: PassPlan, *cache_bytes: int) -> list[Traffic]:
     found = []
     for size in cache_bytes:
         missed = (uncached - least) * _missed_elements(plan, items, order, size)
-        slowness = (length + missed) / max(1, least * parameters)
+        slowness = (length + missed / MIXED_SHARE) / max(1, least * parameters)
         found.append(Traffic(parameters, least * parameters + missed, waiting, slowness))
     return found
 
@@ -186,14 +200,17 @@ def _memory_bytes(plan: PassPlan) -> tuple[int, int]:
     return p + g + state, p + 3 * state
 
 
-def _durations(plan: PassPlan, items: _Items) -> tuple[list[int], list[float]]:
-    """Of every item: its bytes, and the bytes that memory could move while its latencies last."""
+def _durations(plan: PassPlan, items: _Items) -> tuple[list[float], list[float]]:
+    """Of every item, in bytes that a copy moves: the time that memory needs for it, and its latencies."""
     stage, elements = np.array(items.stage, dtype=np.int64), np.array(items.elements, dtype=np.int64)
+    tile_of_a = PAIR_SECONDS / 2 if plan.loads_pairs else TILE_SECONDS[0]
     tiles = -(-elements // (plan.merged * np.array([plan.tile, plan.tile_of_b])[stage]))
     p, g, state = item_sizes(plan.dtypes)
     loaded = np.array([0, p + state if plan.stage_a_writes else p + g + 2 * state])[stage] * elements / plan.merged
-    seconds = np.array(ITEM_SECONDS)[stage] + tiles * np.array(TILE_SECONDS)[stage] + loaded / L2_BYTES_PER_S
-    moved: Integers = np.array(_memory_bytes(plan))[stage] * elements
+    seconds = (
+        np.array(ITEM_SECONDS)[stage] + tiles * np.array([tile_of_a, TILE_SECONDS[1]])[stage] + loaded / L2_BYTES_PER_S
+    )
+    moved = np.array(_memory_bytes(plan))[stage] * elements / MIXED_SHARE
     return moved.tolist(), (plan.bandwidth * seconds).tolist()
 
 

@@ -17,18 +17,21 @@ from bench.cache_model import (
     ITEM_SECONDS,
     L2_BYTES_PER_S,
     LONE_CHUNK_SECONDS,
+    MIXED_SHARE,
+    PAIR_SECONDS,
     RATIO_SECONDS,
     TILE_SECONDS,
     PassPlan,
     bounds,
+    chunk_of,
     predict,
     window_chunks,
 )
 from bench.options import HelpFormatter
 from bench.shapes import MODELS, SHAPES
 from bench.table import format_table
-from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
-from fused_dals.fused import PROGRAMS_PER_SM
+from fused_dals.fused import PROGRAMS_PER_SM, WINDOW_PER_PROGRAM
+from fused_dals.kernels.layout import CHUNK_BYTES
 
 MIB = 1 << 20
 
@@ -36,9 +39,13 @@ MIB = 1 << 20
 Choice = TypeVar("Choice", int, float)
 
 
+#: Of the data sheet's bandwidth, what a copy gets: 4.23 of 4.8 TB/s on an H200.
+COPY_SHARE = 0.88
+
+
 @dataclass(frozen=True)
 class Gpu:
-    """What the model needs to know of one: from the makers' data sheets."""
+    """What the model needs to know of one: from the makers' data sheets, L2 of the H200 as torch says."""
 
     l2_mib: int
     multiprocessors: int
@@ -50,19 +57,21 @@ class Gpu:
 
     @property
     def bytes_per_s(self) -> float:
-        return 1e12 * self.terabytes_per_s
+        """Of a large copy, read plus written."""
+        return COPY_SHARE * 1e12 * self.terabytes_per_s
 
 
 GPUS = {
     "A100": Gpu(40, 108, 2.0),
     "H100": Gpu(50, 132, 3.35),
-    "H200": Gpu(50, 132, 4.8),
+    "H200": Gpu(60, 132, 4.8),
     "B200": Gpu(126, 148, 8.0),
     "RTX 4090": Gpu(72, 128, 1.0),
     "L4": Gpu(48, 58, 0.3),
 }
-#: Shares of the L2 cache that may really serve: nearly all of it, and what hashing, and lines held twice, may leave.
-USABLE = (0.9, 0.6)
+#: Shares of the L2 cache that may really serve: what was found on an H200, whose halves hold lines twice, and nearly
+#: all of it.
+USABLE = (0.55, 0.9)
 #: What stage A does, and whether data that the pass does not need again is marked "evict first". A reads only on AMD,
 #: where marks do nothing.
 MODES = {
@@ -72,21 +81,25 @@ MODES = {
 }
 #: The modes that windows are judged by: what runs, and the same on hardware that keeps to no marks.
 WINDOW_MODES = ("A writes h and m", "A writes h and m, no marks")
-WINDOW_SHARES = (0.0, 0.125, 0.25, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.75, 1.0, math.inf)
-#: Tried with the window in use, as the windows are with the chunk in use; tiles as they are.
-CHUNKS = (4096, 8192, 16384)
+WINDOWS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, math.inf)
+#: Bytes. Tried with the window in use, as the windows are with the chunk in use; tiles as they are.
+CHUNKS = (CHUNK_BYTES // 2, CHUNK_BYTES, 2 * CHUNK_BYTES)
 #: Tried on the GPU of the targets, with marks, one thing at a time.
 TRIES_ON = "H200"
 TRIES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "tiles of 4096": {"tile": 4096},
-    "tiles and chunks of 4096": {"tile": 4096, "chunk": 4096},
+    "chunks half as large": {"chunk_bytes": CHUNK_BYTES // 2},
+    "chunks twice as large": {"chunk_bytes": 2 * CHUNK_BYTES},
     "stage B in tiles of 2048": {"most_in_b": 0},
+    "16-bit tiles one by one": {"in_pairs": False},
     "1 program per SM": {"programs_per_sm": 1},
     "3 programs per SM": {"programs_per_sm": 3},
     "4 programs per SM": {"programs_per_sm": 4},
-    "no window": {"window_share": 0.0},
-    "all A before all B": {"window_share": math.inf},
+    "no window": {"window_per_program": 0.0},
+    "half the window": {"window_per_program": 0.5 * WINDOW_PER_PROGRAM},
+    "twice the window": {"window_per_program": 2.0 * WINDOW_PER_PROGRAM},
+    "all A before all B": {"window_per_program": math.inf},
     "marks are ignored": {"evict_first": False},
     "A reads only, marks are ignored": {"stage_a_writes": False, "evict_first": False},
 }
@@ -105,8 +118,8 @@ class Cell:
     model: str
     dtypes: str
     mode: str
-    chunk: int
-    window_share: float
+    chunk_bytes: int
+    window_per_program: float
     predicted: float
     waiting: float
     slowness: float  # time over that of the least bytes at full bandwidth
@@ -137,8 +150,8 @@ class Score:
     gpu: str
     mode: str
     usable: float
-    chunk: int
-    window_share: float
+    chunk_bytes: int
+    window_per_program: float
     excess: float
     worst_loss: float
     waiting: float
@@ -150,8 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench traffic",
         description="Bytes per parameter that a step of the fused pass moves, PREDICTED by replaying its work list "
         "through a model of the L2 cache, and its time from assumed latencies; nothing is measured. One table of what "
-        "stage A does, with 90 and 60 % of the cache usable, and one of chunks and of windows between the stages, as "
-        "shares of the cache.",
+        "stage A does, with 55 and 90 % of the cache usable, and one of chunks and of windows between the stages, in "
+        "chunks for each program.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(MODELS), help="parameter lists")
@@ -170,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     most_chunks = 1 << 60 if args.exact else MOST_CHUNKS
     lists = [(model, dtypes) for model in args.shapes for dtypes in args.dtypes]
-    plans = [(CHUNK, share) for share in WINDOW_SHARES]
-    plans += [(chunk, WINDOW_SHARE_OF_L2) for chunk in CHUNKS if chunk != CHUNK]
+    plans = [(CHUNK_BYTES, share) for share in WINDOWS]
+    plans += [(chunk, WINDOW_PER_PROGRAM) for chunk in CHUNKS if chunk != CHUNK_BYTES]
     total = len(lists) * (len(MODES) + len(TRIES) + len(args.gpus) * len(WINDOW_MODES) * len(plans))
     with tqdm(total=total, unit="replay") as bar:
 
@@ -179,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.set_description(gpu)
             return list(cells_of(gpu, lists, modes, plans, most_chunks, bar.update))
 
-        modes = of(args.gpu, list(MODES), [(CHUNK, WINDOW_SHARE_OF_L2)])
+        modes = of(args.gpu, list(MODES), [(CHUNK_BYTES, WINDOW_PER_PROGRAM)])
         bar.set_description("tries")
         tries = [tried(name, lists, most_chunks, bar.update) for name in TRIES]
         scores = scores_of([cell for gpu in args.gpus for cell in of(gpu, WINDOW_MODES, plans)])
@@ -189,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(try_table(tries))
     print("\nPREDICTED effect of chunk and window, means over these lists and dtypes\n")
     print(score_table(scores))
-    print(f"\nto be taken: a window of {best_share(scores):g} of the L2 cache; in use: {WINDOW_SHARE_OF_L2:g}")
-    print(f"and chunks of {best_chunk(scores)} elements; in use: {CHUNK}")
+    print(f"\nto be taken: a window of {best_window(scores):g} chunks for each program; in use: {WINDOW_PER_PROGRAM:g}")
+    print(f"and chunks of {best_chunk(scores)} bytes; in use: {CHUNK_BYTES}")
     if args.json is not None:
         save(args.json, args.gpu, modes, tries, scores)
         print(f"\npredictions: {args.json}")
@@ -203,7 +216,7 @@ def describe(gpu: str) -> str:
     usable = " and ".join(f"{100 * share:.0f}" for share in USABLE)
     return (
         f"{gpu} with {found.l2_mib} MiB of L2, {usable} % of it usable (the second in brackets), "
-        f"{PROGRAMS_PER_SM * found.multiprocessors} programs, window {WINDOW_SHARE_OF_L2:g} of the L2"
+        f"{PROGRAMS_PER_SM * found.multiprocessors} programs, a window of {WINDOW_PER_PROGRAM:g} chunks for each"
     )
 
 
@@ -212,15 +225,15 @@ def plan_on(
     model: str,
     dtypes: str,
     most_chunks: int,
-    chunk: int = CHUNK,
-    window_share: float = WINDOW_SHARE_OF_L2,
+    chunk_bytes: int = CHUNK_BYTES,
+    window_per_program: float = WINDOW_PER_PROGRAM,
     programs_per_sm: int = PROGRAMS_PER_SM,
     **options: Any,
 ) -> PassPlan:
     """A list of tensors on a GPU, as it is in use but for what is given; ``options`` as of ``PassPlan``."""
     sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
-    window = window_chunks(window_share, gpu.l2_bytes, STEP_DTYPES[dtypes], chunk)
     programs = programs_per_sm * gpu.multiprocessors
+    window, chunk = window_chunks(window_per_program, programs), chunk_of(STEP_DTYPES[dtypes], chunk_bytes)
     plan = PassPlan(sizes, STEP_DTYPES[dtypes], window, chunk, programs=programs, bandwidth=gpu.bytes_per_s, **options)
     return plan.coarser(most_chunks)
 
@@ -267,7 +280,9 @@ def scores_of(cells: Sequence[Cell]) -> list[Score]:
     scores = []
     by_row: dict[tuple[str, str, float, int, float], list[Cell]] = {}
     for cell in cells:
-        by_row.setdefault((cell.gpu, cell.mode, cell.usable, cell.chunk, cell.window_share), []).append(cell)
+        by_row.setdefault((cell.gpu, cell.mode, cell.usable, cell.chunk_bytes, cell.window_per_program), []).append(
+            cell
+        )
     for (gpu, mode, usable, chunk, share), members in by_row.items():
         loss = max(cell.slowness / least[gpu, mode, usable, cell.model, cell.dtypes] for cell in members)
         excess, waiting, slowness = (
@@ -277,27 +292,37 @@ def scores_of(cells: Sequence[Cell]) -> list[Score]:
     return scores
 
 
-def best_share(scores: Sequence[Score]) -> float:
+def best_window(scores: Sequence[Score]) -> float:
     """The window to take with the chunk in use, as a share of the L2 cache."""
-    return _best({share: [s for s in scores if (s.chunk, s.window_share) == (CHUNK, share)] for share in WINDOW_SHARES})
+    return _best(
+        {
+            share: [s for s in scores if (s.chunk_bytes, s.window_per_program) == (CHUNK_BYTES, share)]
+            for share in WINDOWS
+        }
+    )
 
 
 def best_chunk(scores: Sequence[Score]) -> int:
     """The chunk to take with the window in use."""
-    return _best({c: [s for s in scores if (s.chunk, s.window_share) == (c, WINDOW_SHARE_OF_L2)] for c in CHUNKS})
+    return int(
+        _best(
+            {c: [s for s in scores if (s.chunk_bytes, s.window_per_program) == (c, WINDOW_PER_PROGRAM)] for c in CHUNKS}
+        )
+    )
 
 
 def _best(members: dict[Choice, list[Score]]) -> Choice:
     """Of what is about the least slow, in the mean over all GPUs, what is fastest on the GPU of the targets.
 
     What counts alike in a mean: both usable shares, marks heeded and ignored. How much of the cache serves is not
-    known, nor what marks do, and too large a window or chunk is what one pays for if it is little. Where that GPU is
-    left out, what risks least.
+    known, nor what marks do, and too large a window or chunk is what one pays for if it is little. On that GPU marks
+    are heeded: its counters say so. Where it is left out, what risks least.
     """
     slowness = {choice: fmean(s.slowness for s in some) for choice, some in members.items() if some}
     risk = {choice: max(s.worst_loss for s in some) for choice, some in members.items() if some}
     there = {
-        choice: fmean([s.slowness for s in some if s.gpu == TRIES_ON] or [0.0]) for choice, some in members.items()
+        choice: fmean([s.slowness for s in some if (s.gpu, s.mode) == (TRIES_ON, WINDOW_MODES[0])] or [0.0])
+        for choice, some in members.items()
     }
     equal = [choice for choice in slowness if slowness[choice] <= EQUALLY_SLOW * min(slowness.values())]
     return min(equal, key=lambda choice: (there[choice], risk[choice], slowness[choice]))
@@ -328,14 +353,24 @@ def try_table(tries: Sequence[Try]) -> str:
 
 def score_table(scores: Sequence[Score]) -> str:
     """Chunks and windows by GPU, mode and usable share."""
-    header = ["GPU", "mode", "usable", "chunk", "window x L2", "bytes / least", "worst loss", "waiting", "slowness"]
+    header = [
+        "GPU",
+        "mode",
+        "usable",
+        "chunk bytes",
+        "window / programs",
+        "bytes / least",
+        "worst loss",
+        "waiting",
+        "slowness",
+    ]
     rows = [
         [
             score.gpu,
             score.mode,
             f"{100 * score.usable:.0f} %",
-            str(score.chunk),
-            "all A first" if math.isinf(score.window_share) else f"{score.window_share:g}",
+            str(score.chunk_bytes),
+            "all A first" if math.isinf(score.window_per_program) else f"{score.window_per_program:g}",
             f"{score.excess:.3f}",
             f"{100 * (score.worst_loss - 1):.1f} %",
             f"{100 * score.waiting:.1f} %",
@@ -351,24 +386,26 @@ def save(path: Path, gpu: str, modes: Sequence[Cell], tries: Sequence[Try], scor
 
     def plain(row: Cell | Score) -> dict[str, Any]:
         found = asdict(row)
-        return {**found, "window_share": None if math.isinf(row.window_share) else row.window_share}
+        return {**found, "window_per_program": None if math.isinf(row.window_per_program) else row.window_per_program}
 
     predicted = {
         "predicted": True,
         "fused_dals": fused_dals.__version__,
         "assumptions": describe(gpu),
         "gpus": {name: asdict(found) for name, found in GPUS.items()},
-        "window_share_in_use": WINDOW_SHARE_OF_L2,
-        "best_window_share": best_share(scores),
-        "chunk_in_use": CHUNK,
-        "best_chunk": best_chunk(scores),
-        "latencies_assumed_s": {
+        "window_per_program_in_use": WINDOW_PER_PROGRAM,
+        "best_window_per_program": best_window(scores),
+        "chunk_bytes_in_use": CHUNK_BYTES,
+        "best_chunk_bytes": best_chunk(scores),
+        "latencies_s": {
             "item": ITEM_SECONDS,
             "tile": TILE_SECONDS,
+            "pair_of_tiles": PAIR_SECONDS,
             "ratio": RATIO_SECONDS,
             "spared_by_a_lone_chunk": LONE_CHUNK_SECONDS,
         },
-        "l2_bytes_per_s_of_a_multiprocessor_assumed": L2_BYTES_PER_S,
+        "share_of_a_copys_bandwidth": MIXED_SHARE,
+        "l2_bytes_per_s_of_a_multiprocessor": L2_BYTES_PER_S,
         "modes": [plain(cell) for cell in modes],
         "tries": [asdict(some) for some in tries],
         "plans": [plain(score) for score in scores],

@@ -22,14 +22,6 @@ from fused_dals.memory_order import same_strides
 from fused_dals.sharding import Place
 from fused_dals.worklist import STAGE_B, packed_chunks, packed_work_list
 
-CHUNK: int = layout.CHUNK
-
-#: Bytes between stages A and B of a tensor, as a share of the L2 cache. Not measured: from 7/16 to 3/4 `python -m bench
-#: traffic` predicts the same speed to a percent, over eight models, six GPUs, 60 or 90 % of the cache usable, and
-#: marks heeded or not. This one is the fastest of them on an H200.
-WINDOW_SHARE_OF_L2 = 0.75
-L2_BYTES_WITHOUT_DEVICE = 4 << 20
-
 #: Integers of a segment of the flags, a multiple of 128 bytes.
 SYNC_PADDING = 32
 
@@ -64,13 +56,13 @@ class WorkList:
 class Bucket:
     """The tables, work list and scratch memory of one launch; they live until the tensors change."""
 
-    def __init__(self, device: torch.device, chunk: int = CHUNK, window: int | None = None) -> None:
+    def __init__(self, device: torch.device, chunk: int, window: int) -> None:
         """``chunk``: elements, a power of two (random bits take the upper half of an index from its chunk); ``window``:
-        chunks between stages A and B, chosen from the device's L2 cache where None."""
+        chunks between stages A and B, see ``worklist.runs``."""
         assert chunk & (chunk - 1) == 0, chunk
         self.device = device
         self.chunk = chunk
-        self.fixed_window = window
+        self.window = window
         self.sizes: list[int] = []
         self.sharded = False
         self.split_over: list[tuple[Any, ...]] = []
@@ -117,15 +109,11 @@ class Bucket:
         """The work list and the scratch memory, which depend on sizes alone."""
         self.sizes, self.chunks = sizes, chunks
         self.sharded, self.split_over = bool(tensors.norms_rows), tensors.split_over
-        window = self.fixed_window
-        if window is None:
-            p, g, h = (some[0].element_size() for some in (tensors.params, tensors.grads, tensors.grad_emas))
-            window = window_chunks(WINDOW_SHARE_OF_L2, _l2_bytes(self.device), p, g, h, self.chunk)
         if self.sharded:
             stage_a = packed_chunks(chunks)
             lists = [stage_a, stage_a.flip(0) | STAGE_B]  # newest first: what of it is left in the cache is read there
         else:
-            lists = [packed_work_list(chunks, window)]
+            lists = [packed_work_list(chunks, self.window)]
         self.lists = [WorkList(self._upload(items if len(items) else [0]), len(items)) for items in lists]
         self.partials = torch.empty(2 * max(1, sum(chunks)), dtype=torch.float32, device=self.device)
         self.grads = torch.empty(len(sizes), dtype=torch.int64, device=self.device)
@@ -229,14 +217,3 @@ def _dims_row(p: Tensor, g: Tensor, h: Tensor) -> list[int]:
         raise RuntimeError(f"{len(joined)} dimensions are left, and the kernel follows {layout.MAX_DIMS}")
     joined += [(1, 0, 0)] * (layout.MAX_DIMS - len(joined))
     return [value for column in zip(*joined, strict=True) for value in column]
-
-
-def window_chunks(share: float, l2_bytes: int, p: int, g: int, state: int, chunk: int) -> int:
-    """A window that is this share of the L2 cache, in chunks of p, g, h and m whose elements have so many bytes."""
-    return int(share * l2_bytes) // ((p + g + 2 * state) * chunk)
-
-
-def _l2_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return L2_BYTES_WITHOUT_DEVICE
-    return int(torch.cuda.get_device_properties(device).L2_cache_size)

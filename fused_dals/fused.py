@@ -6,9 +6,10 @@ import functools
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.group_table import GroupTable
 from fused_dals.host_walk import increment_version
 from fused_dals.kernels import layout
-from fused_dals.launcher import Launcher
+from fused_dals.launcher import Launched, Launcher
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.memory_order import is_plain
 from fused_dals.run_state import StepInputs
@@ -35,6 +36,10 @@ TILE: int = layout.TILE
 
 #: Resident programs per multiprocessor that the registers of the kernel allow with 8 warps (128 x 256 x 2 = 65536).
 PROGRAMS_PER_SM = 2
+#: Chunks of stage A between a tensor's own and its stage B, for each program. When the first item of stage B is drawn,
+#: all programs are at the tensor's last chunks or have just begun theirs; with as many other chunks before it they are
+#: done by the time. Without, on an H200 a quarter of the programs' time went into waiting for ratios.
+WINDOW_PER_PROGRAM = 1
 
 
 def interpreted() -> bool:
@@ -72,17 +77,25 @@ def why_not_fused(param: Tensor, grad: Tensor) -> str:
     return ""
 
 
+def programs_on(device: torch.device, per_sm: int = PROGRAMS_PER_SM) -> int:
+    """How many programs a launch has; by default all of them are resident."""
+    return 2 if device.type != "cuda" else per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 #: What parts parameters into launches: dtypes of parameter, gradient and state, and whether there is a compensation.
 BucketKey = tuple[torch.dtype, torch.dtype, torch.dtype, bool]
 
 
 @dataclass
 class Again:
-    """A launch of the pass that can be made as it is, as long as nothing was written anew that it was given."""
+    """A launch that can be made as it is, as long as everything that it was given still is what it was."""
 
-    launch: Callable[[], None]
+    launched: Launched
     kernel: Any
-    scalars: Tensor  # of the groups; all else belongs to the bucket, which stays as it is between two prepare()
+    given: tuple[object, ...]  # what may be replaced between two prepare(), by identity
+
+    def fits(self, kernel: Any, given: tuple[object, ...]) -> bool:
+        return self.kernel is kernel and all(map(is_, self.given, given))
 
 
 @dataclass
@@ -109,18 +122,21 @@ class FusedPass:
         evict_first: bool = True,
         same_runs: bool = False,
         max_registers: int | None = None,
+        programs: int | None = None,
     ) -> None:
-        """``window`` in chunks, chosen from the device where None; ``stage_a_writes``: h and m are written in stage A;
-        ``evict_first``: what a step does not touch again is marked so, for the sake of the L2 cache; ``same_runs``: of
-        16-bit parameters with float32 state, or the other way round, 16-bit numbers go 8 bytes at a time instead of 16,
-        which needs no barriers; ``max_registers`` of a thread of the pass, left to the compiler where None.
+        """``window`` in chunks, WINDOW_PER_PROGRAM for each program where None; ``stage_a_writes``: h and m are written
+        in stage A; ``evict_first``: what a step does not touch again is marked so, for the sake of the L2 cache;
+        ``same_runs``: of 16-bit parameters with float32 state, or the other way round, 16-bit numbers go 8 bytes at a
+        time instead of 16, which needs no barriers; ``max_registers`` of a thread of the pass, left to the compiler
+        where None; ``programs`` of a launch, as many as are resident where None.
 
         Stage A writing h and m moves fewer bytes (36 against 40 per float32 parameter, where B finds nothing in the
         cache). None chooses it, except on AMD, where Triton's barrier before the arrival does not wait for the other
         waves' stores to memory.
         """
         self.device = device
-        self.window = window
+        self.programs = programs_on(device) if programs is None else programs
+        self.window = WINDOW_PER_PROGRAM * self.programs if window is None else window
         self.stage_a_writes = torch.version.hip is None if stage_a_writes is None else stage_a_writes
         self.evict_first = evict_first
         self.same_runs = same_runs
@@ -139,6 +155,7 @@ class FusedPass:
         self._zero = torch.zeros(1, dtype=torch.float32, device=device)
         self._one = torch.ones(1, dtype=torch.float32, device=device)
         self._no_scan = torch.zeros(1, 2, dtype=torch.float64, device=device)
+        self._prologue_again: Again | None = None
 
     def prepare(
         self,
@@ -163,7 +180,8 @@ class FusedPass:
         self.shards = shards if any(batch.split_over for batch in batches) else None
         for key, members in by_key.items():
             if key not in self.buckets:
-                self.buckets[key] = Bucket(self.device, window=self.window)
+                chunk = layout.chunk_elements(*(dtype.itemsize for dtype in key[:3]))
+                self.buckets[key] = Bucket(self.device, chunk, self.window)
             tensors = tensors_of(members, state, blends, None if self.shards is None else self.shards.row)
             self.buckets[key].refresh(tensors)
             ratios = self.buckets[key].ratios.split([len(batch.positions) for batch in members])
@@ -224,7 +242,7 @@ class FusedPass:
         """
         from fused_dals.kernels.grad_scan import grad_scan
 
-        programs = self._programs()
+        programs = self.programs
         if not self._scan_rows:
             check_nothing_to_prepare(self.device)
             ways = Counter(way for launch in self.launches for way in launch.bucket.scan_lists())
@@ -263,7 +281,8 @@ class FusedPass:
     def finish(self) -> list[TrustRatios]:
         """Launch stage B, where shards have had to wait for norms from other ranks."""
         measured = []
-        with self._current_device():
+        # Whole tensors are done; entering a device takes as long as a launch.
+        with nullcontext() if self.shards is None else self._current_device():
             for launch in self.launches:
                 if self.shards is not None:
                     self._launch_ratios(launch, self.shards)
@@ -284,7 +303,8 @@ class FusedPass:
 
     def _current_device(self) -> Any:
         # Triton launches on the current device, whatever device its arguments are on.
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        there = self.device.type != "cuda" or self.device.index == torch.cuda.current_device()
+        return nullcontext() if there else torch.cuda.device(self.device)
 
     def _launch_prologue(
         self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: GroupsVersion
@@ -292,6 +312,16 @@ class FusedPass:
         from fused_dals.kernels.prologue import prologue
 
         self.group_table.refresh(groups, groups_version)
+        total, count = inputs.loss.total, inputs.loss.count
+        given: tuple[object, ...] = ()
+        if total is not None and count == 1 and inputs.nothing_but_a_loss():
+            # Only the loss lies elsewhere from step to step.
+            given = *self.group_table.tables(), inputs.values, self.sync, total.dtype
+            again = self._prologue_again
+            if again is not None and again.fits(prologue, given):
+                place = prologue.arg_names.index("loss_sum")
+                if again.launched.again_with(place, total.data_ptr()):
+                    return
         scan = self._no_scan if inputs.scan is None else inputs.scan
         arguments = (
             self.group_table.rows,
@@ -300,8 +330,8 @@ class FusedPass:
             self.group_table.scalars,
             self._seed,
             inputs.values,
-            inputs.values if inputs.loss.total is None else inputs.loss.total,
-            -1.0 if inputs.loss.count is None else float(inputs.loss.count),
+            inputs.values if total is None else total,
+            -1.0 if count is None else float(count),
             self._zero if inputs.found_inf is None else inputs.found_inf.to(torch.float32),
             self._one if inputs.grad_scale is None else inputs.grad_scale.to(torch.float32),
             scan,
@@ -311,7 +341,9 @@ class FusedPass:
             self.sync,
             self.sync.numel(),
         )
-        self.launcher.launch(prologue, 1, arguments, num_warps=4)
+        launched = self.launcher.launch(prologue, 1, arguments, num_warps=4)
+        if launched is not None and given:
+            self._prologue_again = Again(launched, prologue, given)
 
     def _launch_ratios(self, launch: Launch, shards: Shards) -> None:
         from fused_dals.kernels.fused_pass import ratios_of_norms
@@ -334,8 +366,9 @@ class FusedPass:
 
         # A step that is being captured has a table of its own for the gradients' addresses.
         again = None if is_capturing(self.device) else launch.again.get((which, self._unscale))
-        if again is not None and again.kernel is fused_pass and again.scalars is self.group_table.scalars:
-            again.launch()
+        given = (self.group_table.scalars,)  # all else belongs to the bucket
+        if again is not None and again.fits(fused_pass, given):
+            again.launched.again()
             return
         bucket, (param, grad, state, compensated) = launch.bucket, launch.key
         work = bucket.lists[which]
@@ -357,7 +390,7 @@ class FusedPass:
         )
         launched = self.launcher.launch(
             fused_pass,
-            self._programs(),
+            self.programs,
             arguments,
             num_warps=NUM_WARPS,
             max_registers=self.max_registers,
@@ -374,15 +407,10 @@ class FusedPass:
             SAME_RUNS=self.same_runs,
         )
         if launched is not None and self.shards is None and not is_capturing(self.device):
-            launch.again[which, self._unscale] = Again(launched, fused_pass, self.group_table.scalars)
+            launch.again[which, self._unscale] = Again(launched, fused_pass, given)
 
     def _grads_of(self, launch: Launch) -> Tensor:
         return launch.baked.values if launch.baked and is_capturing(self.device) else launch.bucket.grads
-
-    def _programs(self) -> int:
-        if self.device.type != "cuda":
-            return 2
-        return PROGRAMS_PER_SM * torch.cuda.get_device_properties(self.device).multi_processor_count
 
 
 @functools.cache

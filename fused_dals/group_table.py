@@ -83,6 +83,10 @@ class GroupTable:
             self._addresses, self._lr_tensors = addresses, lr_tensors
         self._version = version
 
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the prologue is given: rows, learning rates, addresses of those that are tensors, and what it writes."""
+        return self.rows, self.lrs, self.addresses, self.scalars
+
     def memory(self) -> list[Tensor]:
         """What kernels are given addresses of, or find addresses of there."""
         return [self.rows, self.lrs, self.addresses, *self._lr_tensors, *self._cells.values(), self.scalars]

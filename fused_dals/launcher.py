@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from operator import attrgetter, or_
 from typing import Any
 
@@ -25,6 +25,25 @@ class _Prepared:
     kernel: Any
     compiled: Any
     constants: tuple[object, ...]
+
+
+@dataclass
+class Launched:
+    """A launch that can be made again, on the stream of the moment, as long as all tensors stay in their memory."""
+
+    run: Callable[..., None]
+    arguments: list[Any]  # in the order of the signature; tensors as addresses
+
+    def again(self) -> None:
+        self.run(*self.arguments)
+
+    def again_with(self, place: int, address: int) -> bool:
+        """With a tensor elsewhere, of the dtype of the one in this place; False where Triton compiles for it anew."""
+        if address % ALIGNMENT != 0:
+            return False
+        self.arguments[place] = address
+        self.run(*self.arguments)
+        return True
 
 
 class Launcher:
@@ -49,13 +68,13 @@ class Launcher:
         num_warps: int,
         max_registers: int | None = None,
         **constants: Any,
-    ) -> Callable[[], None] | None:
+    ) -> Launched | None:
         """Launch so many programs; ``constants`` are the compile-time arguments, which stand last in the signature.
 
         ``max_registers`` of a thread that the compiler may use, as many as it likes where None; NVIDIA only.
 
-        Returns what launches the same again, on the stream of the moment, as long as all tensors stay in their memory;
-        None where Triton has to look at the arguments each time, as it had to in this launch.
+        Returns what launches the same again; None where Triton has to look at the arguments each time, as it had to in
+        this launch.
         """
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         addresses = list(map(Tensor.data_ptr, tensors))
@@ -65,9 +84,9 @@ class Launcher:
         if known is not None and known.kernel is kernel:
             pointers = iter(addresses)
             plain = [next(pointers) if isinstance(argument, Tensor) else argument for argument in arguments]
-            again = partial(known.compiled[programs, 1, 1], *plain, *known.constants)
-            again()
-            return again
+            launched = Launched(known.compiled[programs, 1, 1], [*plain, *known.constants])
+            launched.again()
+            return launched
         options = {**COMPILER_OPTIONS, **({} if max_registers is None else {"maxnreg": max_registers})}
         compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps, **options)
         if aligned and compiled is not None:  # the interpreter compiles nothing

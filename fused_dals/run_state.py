@@ -56,6 +56,10 @@ class StepInputs:
     scan: Tensor | None = None  # float64 [k, 2]: sums of squares and counts of non-finite elements of all gradients
     skip_nonfinite: bool = False
 
+    def nothing_but_a_loss(self) -> bool:
+        """Whether neither a GradScaler nor a scan of the gradients has a say."""
+        return self.found_inf is None and self.grad_scale is None and self.scan is None and not self.skip_nonfinite
+
     def on(self, device: torch.device) -> StepInputs:
         """The same on ``device``; ``values`` is the original only on its own device."""
         if self.values.device == device:

@@ -20,7 +20,7 @@ from fused_dals.reference import dals_reference_, raw_blend
 from fused_dals.run_state import RunState, StepInputs
 from fused_dals.scalars import StepScalars
 
-_SIZES = (layout.CHUNK + layout.TILE + 5, 3)
+_SIZES = (layout.chunk_elements(4, 4, 4) + layout.TILE + 5, 3)
 _DEPTH, _LOSS = 0.5, 1.0
 _GROUP: dict[str, Any] = {
     "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02, "trust_clip": (0.2, 5.0),

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fused_dals.kernels.columns import (
     ACCESS,
+    BITS_IN_PAIRS,
     CHUNK_MASK,
     CHUNKS,
     COMPENSATION,
@@ -88,11 +89,10 @@ def _store(ptr, at, value, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
-def _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED: tl.constexpr, MASKED: tl.constexpr, POLICY: tl.constexpr):
+def _param(p, c, COMPENSATED: tl.constexpr):
     """The parameter in float32, with the bits that a compensated one keeps beside it."""
-    p = _load(p_ptr, p_at, mask, MASKED, POLICY)
     if COMPENSATED:
-        p = join(p, _load(c_ptr, at, mask, MASKED, POLICY))
+        p = join(p, c)
     return p.to(tl.float32)
 
 
@@ -163,22 +163,43 @@ def _pointers(
 
 
 @triton.jit
+def _load_stage_a(
+    addresses, p_at, g_at, at, mask,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr,
+    A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, SAME_RUNS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Parameter, compensation, gradient, h and m of one tile, as they are stored; p in place of what is not needed."""
+    # Stage B comes back for p and m, and for g and h too where it is the one who writes.
+    GRADS_USE: tl.constexpr = LAST_USE if A_WRITES else ""
+    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, SAME_RUNS, MASKED)
+    p = _load(p_ptr, p_at, mask, MASKED, "")
+    c = p
+    if COMPENSATED:
+        c = _load(c_ptr, at, mask, MASKED, "")
+    g = _load(g_ptr, g_at, mask, MASKED, GRADS_USE)
+    h = _load(h_ptr, at, mask, MASKED, GRADS_USE)
+    m = p
+    if A_WRITES:
+        m = _load(m_ptr, at, mask, MASKED, "")
+    return p, c, g, h, m
+
+
+@triton.jit
 def _stage_a_tile(
-    addresses, p_at, g_at, at, mask, blend, scalars, key,
+    loaded, addresses, g_at, at, mask, blend, scalars, key,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr,
     UNSCALE: tl.constexpr, A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, SAME_RUNS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """p and u of one tile; writes h, m and the unscaled gradient too where that is stage A's work."""
-    # Stage B comes back for p and m, and for g and h too where it is the one who writes.
-    GRADS_USE: tl.constexpr = LAST_USE if A_WRITES else ""
-    p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, SAME_RUNS, MASKED)
-    p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, "")
-    g = _load(g_ptr, g_at, mask, MASKED, GRADS_USE).to(tl.float32)
-    h, u = _filtered_update(p, g, _load(h_ptr, at, mask, MASKED, GRADS_USE).to(tl.float32), blend, scalars)
+    p, c, g, h, m = loaded
+    _, g_ptr, h_ptr, m_ptr, _ = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, SAME_RUNS, MASKED)
+    p = _param(p, c, COMPENSATED)
+    g = g.to(tl.float32)
+    h, u = _filtered_update(p, g, h.to(tl.float32), blend, scalars)
     if A_WRITES:
         momentum = tl.load(scalars + SCALAR_MOMENTUM)
-        m = momentum * _load(m_ptr, at, mask, MASKED, "").to(tl.float32) + u
+        m = momentum * m.to(tl.float32) + u
         bits = at
         if STATE_TYPE == tl.bfloat16:
             bits = random_bits(at, key)
@@ -201,7 +222,11 @@ def _stage_b_tile(
     momentum = tl.load(scalars + SCALAR_MOMENTUM)
     eta = tl.load(scalars + SCALAR_ETA)
     p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, SAME_RUNS, MASKED)
-    p = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, LAST_USE)
+    p = _load(p_ptr, p_at, mask, MASKED, LAST_USE)
+    c = p
+    if COMPENSATED:
+        c = _load(c_ptr, at, mask, MASKED, LAST_USE)
+    p = _param(p, c, COMPENSATED)
     m = _load(m_ptr, at, mask, MASKED, LAST_USE).to(tl.float32)
     if not A_WRITES:
         g = _load(g_ptr, g_at, mask, MASKED, LAST_USE).to(tl.float32)
@@ -377,6 +402,8 @@ def fused_pass(
     _pointers.
     """
     LAST_USE: tl.constexpr = "evict_first" if EVICT_FIRST else ""
+    PARAM_BITS: tl.constexpr = PARAM_TYPE.primitive_bitwidth * (2 if COMPENSATED else 1)
+    IN_PAIRS: tl.constexpr = PARAM_BITS + GRAD_TYPE.primitive_bitwidth + STATE_TYPE.primitive_bitwidth <= BITS_IN_PAIRS
     ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     item = tl.load(items + ticket, mask=ticket < item_count, other=0)
     while ticket < item_count:
@@ -410,10 +437,42 @@ def fused_pass(
                 # Added up as far as one thread has them: reducing each tile would stop all threads once a tile.
                 p_squares = tl.zeros([TILE // RUN], dtype=tl.float64)
                 u_squares = tl.zeros([TILE // RUN], dtype=tl.float64)
-                for tile in range(start, full, TILE):
+                paired = start
+                if IN_PAIRS:
+                    paired += (full - start) // (2 * TILE) * (2 * TILE)
+                    for pair in range(start, paired, 2 * TILE):
+                        at = pair + tl.arange(0, TILE).to(tl.int64)
+                        loaded = _load_stage_a(
+                            addresses, at, at, at, None,
+                            PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, A_WRITES, LAST_USE, SAME_RUNS, False,
+                        )  # fmt: skip
+                        second = at + TILE
+                        loaded_second = _load_stage_a(
+                            addresses, second, second, second, None,
+                            PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, A_WRITES, LAST_USE, SAME_RUNS, False,
+                        )  # fmt: skip
+                        p, u = _stage_a_tile(
+                            loaded, addresses, at, at, None, blend, scalar_row, key,
+                            PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS,
+                            False,
+                        )  # fmt: skip
+                        p_squares += sums_of_runs((p * p).to(tl.float64))
+                        u_squares += sums_of_runs((u * u).to(tl.float64))
+                        p, u = _stage_a_tile(
+                            loaded_second, addresses, second, second, None, blend, scalar_row, key,
+                            PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS,
+                            False,
+                        )  # fmt: skip
+                        p_squares += sums_of_runs((p * p).to(tl.float64))
+                        u_squares += sums_of_runs((u * u).to(tl.float64))
+                for tile in range(paired, full, TILE):
                     at = tile + tl.arange(0, TILE).to(tl.int64)
+                    loaded = _load_stage_a(
+                        addresses, at, at, at, None,
+                        PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, A_WRITES, LAST_USE, SAME_RUNS, False,
+                    )  # fmt: skip
                     p, u = _stage_a_tile(
-                        addresses, at, at, at, None, blend, scalar_row, key,
+                        loaded, addresses, at, at, None, blend, scalar_row, key,
                         PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, False,
                     )  # fmt: skip
                     p_squares += sums_of_runs((p * p).to(tl.float64))
@@ -421,8 +480,12 @@ def fused_pass(
                 p_square, u_square = _sums_of_both(p_squares, u_squares)
             for piece in range(full, stop, PIECE):
                 at, mask, p_at, g_at = offsets_of_piece(piece, stop, access, dims, row)
+                loaded = _load_stage_a(
+                    addresses, p_at, g_at, at, mask,
+                    PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, A_WRITES, LAST_USE, SAME_RUNS, True,
+                )  # fmt: skip
                 p, u = _stage_a_tile(
-                    addresses, p_at, g_at, at, mask, blend, scalar_row, key,
+                    loaded, addresses, g_at, at, mask, blend, scalar_row, key,
                     PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, True,
                 )  # fmt: skip
                 p_piece, u_piece = _sums_of_both((p * p).to(tl.float64), (u * u).to(tl.float64))

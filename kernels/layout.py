@@ -51,14 +51,20 @@ STEP, LOSS_EMA, LOSS_DROP, SKIPPED_STEPS = range(4)
 #: What the flags of a step that is dropped are filled with: the ticket counter starts beyond every work list.
 DROPPED = 1 << 30
 
-#: Elements of a chunk, the unit of work, and of a tile, what a program has in its registers at a time; warps of a
-#: program. 2048 float32 elements of 8 warps are 8 a thread, two 16-byte loads per tensor. All wait for a measurement.
-CHUNK, TILE, NUM_WARPS = 8192, 2048, 8
+#: A chunk is the unit of work: so many bytes of parameter, gradient and state, or the next power of two of elements.
+CHUNK_BYTES = 1 << 17
+#: Elements of a tile, what a program has in its registers at a time; warps of a program. 2048 float32 elements of 8
+#: warps are 8 a thread, two 16-byte loads per tensor.
+TILE, NUM_WARPS = 2048, 8
 #: Most elements of a tile of stage B where stage A writes, otherwise a whole chunk. No load moves ahead of a store, so
 #: that tiles of 2048 would wait for memory four times a chunk. With 8192 a chunk's loads come first (16 of float32), in
 #: at most 128 registers, which stage A needs in any case; with 16384 some variants need 134, or spill 28 bytes. With 4
 #: warps, and 255 registers, nothing spills but in tiles of 4096, one variant 32 bytes (8 with tiles of that size in B).
 MOST_IN_B = 8192
+#: Bits of parameter, gradient and state up to which stage A loads two tiles before it works on them: of 16-bit numbers
+#: one is 16 KiB, and a multiprocessor has to have some 50 KiB on their way to keep up with an H200's memory. With a
+#: compensation two take 154 registers, of 16-bit parameters with float32 state they spill.
+BITS_IN_PAIRS = 48
 #: Tile of the scan, which has one tensor to load and no more than 80 registers.
 SCAN_TILE = 4096
 
@@ -73,6 +79,11 @@ RATIOS_BLOCK = 256
 CHUNK_BITS = 31
 CHUNK_MASK = (1 << CHUNK_BITS) - 1
 TENSOR_SHIFT = CHUNK_BITS + 1
+
+
+def chunk_elements(param_bytes: int, grad_bytes: int, state_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Elements of a chunk, a power of two, by the sizes of an element: 8192 where all are float32, else 16384."""
+    return 1 << (-(-chunk_bytes // (param_bytes + grad_bytes + 2 * state_bytes)) - 1).bit_length()
 
 
 def pack_item(tensor: int, chunk: Any, stage: int) -> Any:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fused_dals.kernels.fused_pass import fused_pass, ratios_of_norms
 from fused_dals.kernels.grad_scan import grad_scan
-from fused_dals.kernels.layout import CHUNK, NUM_WARPS, RATIOS_BLOCK, SCAN_TILE, TILE
+from fused_dals.kernels.layout import NUM_WARPS, RATIOS_BLOCK, SCAN_TILE, TILE, chunk_elements
 from fused_dals.kernels.prologue import prologue
 
 PASS_SIGNATURE = {
@@ -48,14 +48,16 @@ def codegen_variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
         for a_writes in (True,) if sharded else (True, False):
             constants = dict(zip(("PARAM_TYPE", "GRAD_TYPE", "STATE_TYPE"), dtypes, strict=True))
             constants |= {"COMPENSATED": compensated, "UNSCALE": unscale, "SHARDED": sharded}
-            constants |= {"CHUNK": CHUNK, "TILE": TILE, "A_WRITES": a_writes, "EVICT_FIRST": True}
+            chunk = chunk_elements(*(dtype.primitive_bitwidth // 8 for dtype in dtypes))
+            constants |= {"CHUNK": chunk, "TILE": TILE, "A_WRITES": a_writes, "EVICT_FIRST": True}
             constants["SAME_RUNS"] = False
             label = ",".join(map(str, dtypes)) + " compensated" * compensated + " unscaled" * unscale
             label += " shards" * sharded
             label += " A writes h m" if a_writes else " A reads"
             yield label, fused_pass, PASS_SIGNATURE, constants, NUM_WARPS
     for dtype in (tl.float32, tl.bfloat16):
-        constants = {"GRAD_TYPE": dtype, "CHUNK": CHUNK, "TILE": SCAN_TILE}
+        size = dtype.primitive_bitwidth // 8
+        constants = {"GRAD_TYPE": dtype, "CHUNK": chunk_elements(size, size, size), "TILE": SCAN_TILE}
         yield f"grad_scan {dtype}", grad_scan, SCAN_SIGNATURE, constants, NUM_WARPS
     yield "ratios_of_norms", ratios_of_norms, RATIOS_SIGNATURE, {"BLOCK": RATIOS_BLOCK}, 4
     yield "prologue", prologue, PROLOGUE_SIGNATURE, {}, 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
-from bench.cache_model import window_chunks
 from bench.contenders import ADAMW, BF16_STATE, COMPILED, FOREACH, FUSED
 from bench.gpu import checks as gpu_checks
 from bench.gpu.contenders import PASS_ALONE
@@ -181,9 +179,3 @@ def test_plans_of_the_sweep_have_registers_for_their_programs() -> None:
     found = {programs: fitting(Plan(programs_per_sm=programs)).max_registers for programs in (1, 2, 3, 4)}
     assert found == {1: None, 2: None, 3: 80, 4: 64}
     assert fitting(Plan(tile=4096)).max_registers == 128 and fitting(Plan(tile=4096, num_warps=4)).max_registers == 255
-
-
-def test_windows_of_the_sweep() -> None:
-    assert window_chunks(0.5, 60 << 20, FP32, 4096) == 480
-    assert window_chunks(0.5, 60 << 20, MIXED, 4096) == 640
-    assert window_chunks(math.inf, 60 << 20, FP32, 4096) >= 10**9

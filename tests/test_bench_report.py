@@ -24,6 +24,10 @@ def test_every_text_is_what_the_committed_files_say() -> None:
         assert path.read_text() == text, f"{path.name} is not up to date: run python -m bench report"
 
 
+#: What docs/design.md quotes of variants that are no longer in the code.
+TRIES = "tries-h200.json"
+
+
 def test_every_step_file_has_its_picture() -> None:
     for found in load(report.RESULTS).steps:
         assert (report.ROOT / "docs" / f"{Path(found.name).stem}.png").stat().st_size > 10_000
@@ -35,7 +39,7 @@ def test_all_committed_results_are_read() -> None:
     names = {step.name for step in results.steps} | {host.name for host in results.hosts}
     names |= {name for name, _ in results.training}
     others = {path.name for path in report.RESULTS.glob("*.json")} - names
-    assert results.traffic is not None and results.demo and others == {"traffic.json", DEMO}
+    assert results.traffic is not None and results.demo and others == {"traffic.json", DEMO, TRIES}
     assert all(row.error or row.device_s for found in results.steps for row in found.rows)
 
 
@@ -61,9 +65,16 @@ GPU = {
 }  # fmt: skip
 
 
+def copy_results_of_cpus(folder: Path) -> None:
+    """The committed files but those of GPUs."""
+    for path in report.RESULTS.glob("*.json"):
+        if "multiprocessors" not in json.loads(path.read_text()).get("environment", {}):
+            (folder / path.name).write_text(path.read_text())
+
+
 @pytest.fixture
 def gpu_results(tmp_path: Path) -> Results:
-    """The committed files with one of a made-up GPU beside them."""
+    """The committed files of CPUs with one of a made-up GPU beside them."""
     rows = [
         row(model, contender, factor * (1 + 10 * i))
         for i, model in enumerate(("resnet50", "vit_b_16"))
@@ -77,18 +88,20 @@ def gpu_results(tmp_path: Path) -> Results:
         "steps": [asdict(some) for some in rows],
     }
     record.save(tmp_path / "some-gpu.json", saved)
-    for path in report.RESULTS.glob("*.json"):
-        (tmp_path / path.name).write_text(path.read_text())
+    copy_results_of_cpus(tmp_path)
     return load(tmp_path)
 
 
-def test_a_gpu_comes_first_and_ends_the_excuse(gpu_results: Results) -> None:
-    assert NO_GPU in readme_speed(load(report.RESULTS))
+def test_a_gpu_comes_first_and_ends_the_excuse(gpu_results: Results, tmp_path: Path) -> None:
+    (tmp_path / "cpus").mkdir()
+    copy_results_of_cpus(tmp_path / "cpus")
+    assert NO_GPU in readme_speed(load(tmp_path / "cpus"))
     text = readme_speed(gpu_results)
     assert NO_GPU not in text and text.index("Some GPU, driver 1.2, torch 2.13, triton 3.7, 2030-01-02") < text.index(
         "threads"
     )
-    assert f"| {FUSED} | 0.5 (0.25) | 5.5 (0.25) |" in text and f"| {BASELINE} | 2 | 22 |" in text
+    assert f"| {FUSED} | 0.5 (0.50) | 5.5 (0.50) |" in text and f"| {BASELINE} | 2 (2.00) | 22 (2.00) |" in text
+    assert f"| {ADAMW} | 1 | 11 |" in text, "against which a GPU's are held"
     assert "| peer |" not in text and "No figures of peer: [docs/speed.md](docs/speed.md) says why." in text
 
 
@@ -98,9 +111,9 @@ def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> N
     assert "read plus written: 4000.0 GB/s, the best of 2 samples (median 3500.0)" in page
     line = next(line for line in page.splitlines() if line.startswith("| resnet50 fp32 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    # 28 bytes of 25.6 million parameters at 4 TB/s take 0.179 ms, and latencies make it a little more.
-    least, most = (float(time) for time in cells[2].split(" to "))
-    assert cells[1] == "28.0 to 28.0" and 0.179 <= least == most < 0.2 and cells[3] == "0.500"
+    # 28 bytes of 25.6 million parameters at 4 TB/s take 0.179 ms; mixed reads and writes and latencies make it more.
+    most, least = (float(time) for time in cells[2].split(" to "))
+    assert cells[1] == "28.7 to 28.0" and 0.179 / 0.86 <= least < most < 0.23 and cells[3] == "0.500"
     assert page.count("PREDICTED") == 2
 
 

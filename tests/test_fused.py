@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fused_dals import DALS
-from fused_dals.buckets import CHUNK, WIDE_BYTES
+from fused_dals.buckets import WIDE_BYTES
 from fused_dals.fused import TILE, FusedPass
 from fused_dals.gather import TensorBatch
+from fused_dals.kernels import layout
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.reference import dals_reference_
@@ -28,6 +29,7 @@ pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CHUNK = layout.chunk_elements(4, 4, 4)
 
 #: parameter, gradient, state
 DTYPES = [(p, g, s) for p in (F32, BF16, F16) for g in dict.fromkeys((p, F32)) for s in (F32, BF16)]
@@ -120,7 +122,8 @@ def assert_as_exact_as_torch(tensors: Tensors, stage_a_writes: bool = True, **gr
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 @pytest.mark.parametrize("stage_a_writes", [True, False])
 def test_every_dtype(dtypes: tuple[torch.dtype, ...], stage_a_writes: bool, seed: int) -> None:
-    assert_as_exact_as_torch(Tensors([5, CHUNK, CHUNK + 9], dtypes), stage_a_writes)
+    chunk = layout.chunk_elements(*(dtype.itemsize for dtype in dtypes))
+    assert_as_exact_as_torch(Tensors([5, 3 * TILE + 1, chunk, chunk + 9], dtypes), stage_a_writes)
 
 
 @pytest.mark.parametrize(

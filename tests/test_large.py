@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dals.buckets import CHUNK, Bucket, FusedTensors, WorkList, joined_dims
+from fused_dals.buckets import Bucket, FusedTensors, WorkList, joined_dims
 from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.rounding import Rounding, place_key, random_bits, step_seed, stochastic_bfloat16
 from fused_dals.run_state import RunState, StepInputs
-from fused_dals.worklist import STAGE_A, STAGE_B, packed_work_list, stage_order
+from fused_dals.worklist import STAGE_A, STAGE_B, packed_work_list, runs
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
+CHUNK = layout.chunk_elements(2, 2, 2)  # as large as with any 16-bit parameters
 BEYOND = [2**31 + 1, 2**31 + 3 * CHUNK + 77, 2**32, 2**32 + CHUNK - 1]
 
 
@@ -33,7 +34,7 @@ def unpack(item: int) -> tuple[int, int, int]:
 
 def plan(sizes: Sequence[int]) -> Bucket:
     """The tables of tensors of these sizes, each a single element that is repeated without memory."""
-    bucket, count = Bucket(CPU, window=1), len(sizes)
+    bucket, count = Bucket(CPU, CHUNK, window=1), len(sizes)
     lists = [[torch.zeros(1).expand(size) for size in sizes] for _ in range(4)]
     same: dict[str, Any] = {"groups": [0] * count, "blends": [0.5] * count, "rounding_keys": [0] * count}
     bucket.refresh(FusedTensors(*lists, [], **same, norms_rows=[], split_over=[()] * count))
@@ -56,11 +57,12 @@ def test_the_work_list_of_tensors_beyond_2_to_the_32() -> None:
     chunks = [3, 2**32 // CHUNK + 1, 0, 2**31 // CHUNK + 2]
     items = packed_work_list(chunks, window=5)
     assert len(items) == 2 * sum(chunks)
-    stages = list(stage_order(chunks, window=5))
-    for (tensor, stage), run in zip(stages, items.split([chunks[tensor] for tensor, _ in stages]), strict=True):
-        order = torch.arange(chunks[tensor])
-        assert torch.equal((run >> 1) & layout.CHUNK_MASK, order if stage == STAGE_A else order.flip(0))
-        assert bool((run >> layout.TENSOR_SHIFT == tensor).all()) and bool((run & 1 == stage).all())
+    listed = list(runs(chunks, window=5))
+    assert len(listed) == 10  # A and B of each, and the A of the large ones in two
+    for run, packed in zip(listed, items.split([len(run.chunks) for run in listed]), strict=True):
+        order = torch.arange(run.chunks.start, run.chunks.stop, run.chunks.step)
+        assert torch.equal((packed >> 1) & layout.CHUNK_MASK, order)
+        assert bool((packed >> layout.TENSOR_SHIFT == run.tensor).all()) and bool((packed & 1 == run.stage).all())
 
 
 @pytest.mark.parametrize("size", BEYOND)

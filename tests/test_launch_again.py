@@ -60,7 +60,7 @@ class Watch:
             assert self.kernel.launches == before + 1
             self.again += bool(known) and launch.again == known
             assert self.kernel.arguments == expected(passing, launch, which), "not the tables of eager steps"
-            assert self.kernel.programs == passing._programs()
+            assert self.kernel.programs == passing.programs
             owners = launch.owners
             assert launch.bucket.grads.tolist() == [p.grad.data_ptr() for p in owners if p.grad is not None]
             assert launch.bucket.tensors[:, 0].tolist() == [p.data_ptr() for p in owners]

@@ -26,8 +26,11 @@ STEPS = 4
 LOSS_AT = 6  # among the prologue's arguments
 
 
-def written_down() -> list[dict[str, Any]]:
-    """Steps of one optimizer on the CPU under a driver that launches nothing: each launch, and who prepared it."""
+def written_down(*kinds_of_losses: str) -> list[dict[str, Any]]:
+    """Steps of one optimizer on the CPU under a driver that launches nothing: each launch, and who prepared it.
+
+    It clips; or where losses are given, it does nothing beside them.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
 
@@ -79,8 +82,15 @@ def written_down() -> list[dict[str, Any]]:
     named = [(f"{i}.weight", torch.nn.Parameter(torch.randn(70, dtype=torch.bfloat16))) for i in range(3)]
     for _, p in named:
         p.grad = torch.randn_like(p)
-    optimizer = DALS(named, fused=True, max_grad_norm=1.0)
+    optimizer = DALS(named, fused=True, max_grad_norm=None if kinds_of_losses else 1.0)
     with patch("fused_dals.stepper.why_not_fused", lambda param, grad: ""):
+        kept = [torch.ones((), dtype=getattr(torch, kind)) for kind in kinds_of_losses]  # no address comes twice
+        for step, loss in enumerate(kept):
+            optimizer.step(loss=loss)
+            of_step = next(row for row in found if row["step"] == step and row["kernel"] == "prologue")
+            of_step["loss"] = str(loss.data_ptr())
+        if kept:
+            return found
         for step in range(STEPS):
             if step == STEPS - 1:
                 (fused,) = optimizer._runtime.fused.values()
@@ -91,7 +101,12 @@ def written_down() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def launches() -> list[dict[str, Any]]:
-    program = "import json, sys; from tests.test_launcher import written_down; json.dump(written_down(), sys.stdout)"
+    return in_a_process()
+
+
+def in_a_process(*kinds_of_losses: str) -> list[dict[str, Any]]:
+    call = f"written_down(*{kinds_of_losses!r})"
+    program = f"import json, sys; from tests.test_launcher import written_down; json.dump({call}, sys.stdout)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=without_interpreter(), capture_output=True, text=True
     )
@@ -118,6 +133,22 @@ def test_later_launches_are_the_same(launches: list[dict[str, Any]]) -> None:
             assert [value for at, value in enumerate(launch["arguments"]) if at != loss_at] == expected
             assert all(launch[key] == first[key] for key in ("grid", "stream", "function"))
             assert first["tensors"] and not launch["tensors"], "Triton asks the driver about every tensor"
+
+
+def test_a_step_with_a_loss_alone_repeats_the_prologue_with_that_loss() -> None:
+    """Each loss is read where it is, whatever came before; another dtype is another kernel."""
+    kinds = ["float32"] * 4 + ["float64"] * 3 + ["bfloat16", "float32", "float32", "bfloat16", "bfloat16"]
+    # The first step copies its loss, and what comes after it may be read in place.
+    found = of(in_a_process(*kinds), "prologue")[1:]
+    assert [launch["arguments"][LOSS_AT] for launch in found] == [launch["loss"] for launch in found]
+    functions: dict[str, set[int]] = {}
+    for kind, launch in zip(kinds[1:], found, strict=True):
+        functions.setdefault(kind, set()).add(launch["function"])
+        others = [value for at, value in enumerate(launch["arguments"]) if at != LOSS_AT]
+        assert others == [value for at, value in enumerate(found[0]["arguments"]) if at != LOSS_AT]
+        assert launch["grid"] == found[0]["grid"] and launch["stream"] == found[0]["stream"]
+    assert [len(some) for some in functions.values()] == [1, 1, 1] and len(set.union(*functions.values())) == 3
+    assert [launch["by_triton"] for launch in found].count(True) == 2, "the first of each kind but float64"
 
 
 def test_a_pointer_that_is_not_aligned_is_left_to_triton(launches: list[dict[str, Any]]) -> None:
@@ -163,8 +194,11 @@ def test_constants_keep_the_order_of_the_signature() -> None:
     assert kernel.calls[0] == ("triton", (3,), (x, 1), {"TYPE": "t", "WIDTH": 7, **options})
     assert kernel.calls[1] == ("compiled", (3, 1, 1), (x.data_ptr(), 2, 7, "t"))
     assert again[0] is None and again[1] is not None
-    again[1]()
+    again[1].again()
     assert kernel.calls[2:] == kernel.calls[1:2]
+    elsewhere = torch.ones(8)
+    assert again[1].again_with(0, elsewhere.data_ptr()) and not again[1].again_with(0, elsewhere[1:].data_ptr())
+    assert kernel.calls[3:] == [("compiled", (3, 1, 1), (elsewhere.data_ptr(), 2, 7, "t"))]
 
 
 def test_what_triton_compiles_anew_for_is_left_to_it() -> None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS
-from fused_dals.buckets import CHUNK
+from fused_dals.kernels import layout
 from tests.helpers import EVERY_PATH, identical
 
 F32, BF16 = torch.float32, torch.bfloat16
+CHUNK = layout.chunk_elements(4, 4, 4)
 Shapes: TypeAlias = list[tuple[int, ...]]
 Layout: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 

@@ -19,7 +19,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import product
+from itertools import accumulate, product
 
 import pytest
 
@@ -60,19 +60,12 @@ def check_work_list(chunks: Sequence[int], window: int) -> None:
     assert of_stage(items, STAGE_B) == newest_first(chunks)
     assert len(items) == 2 * sum(chunks)
 
-    todo, in_flight = list(chunks), 0
-    for at, (tensor, _, stage) in enumerate(items):
-        if stage == STAGE_A:
-            todo[tensor] -= 1
-            in_flight += 1
-            assert in_flight <= max(window, max(chunks))
-            continue
-        assert todo[tensor] == 0, "stage B before a stage A of its tensor"
-        if items[at - 1][2] == STAGE_A:  # B starts no earlier than the next tensor's A needs room
-            following = [other for other in range(tensor + 1, len(chunks)) if todo[other]]
-            assert not following or in_flight + chunks[following[0]] > window
-        in_flight -= 1
-    assert in_flight == 0
+    ends = list(accumulate(chunks))
+    for tensor, count in enumerate(chunks):
+        if count:
+            before = items[: items.index((tensor, count - 1, STAGE_B))]
+            behind = len(of_stage(before, STAGE_A)) - ends[tensor]
+            assert behind == min(window, ends[-1] - ends[tensor]), "stage B too soon, or later than it has to be"
 
 
 def test_work_list_of_every_small_shape() -> None:

@@ -8,7 +8,6 @@ has to be aligned, to stay inside the tensors and to read what was written; no t
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
 import re
@@ -22,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dals.buckets import Bucket
 from fused_dals.fused import TILE, FusedPass
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.kernels import layout
@@ -47,7 +45,8 @@ from tests.ptx.memory import Wrong
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels itself")
 
 CPU = torch.device("cpu")
-CHUNK = 2 * TILE  # half as large as it is, for time's sake
+CHUNK = 2 * TILE  # half as large as it is or less, for time's sake
+WHOLE_CHUNK = layout.chunk_elements
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SCALE = 8.0  # of a GradScaler
 RANKS = ("ranks",)  # stands for the process groups that a shard is split over
@@ -212,7 +211,7 @@ def reference_step(mix: Mix) -> list[list[Tensor]]:
 
 @pytest.fixture(autouse=True)
 def chunks_of_two_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_dals.fused.Bucket", functools.partial(Bucket, chunk=CHUNK))
+    monkeypatch.setattr(layout, "chunk_elements", lambda *sizes: CHUNK)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +287,7 @@ def test_any_order_of_programs_ends_and_gives_the_same_bits(variant: Variant, em
 
 def test_sums_of_more_chunks_than_threads(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """257 small ones, whose sums of squares the last to arrive adds up in two turns."""
-    monkeypatch.setattr("fused_dals.fused.Bucket", functools.partial(Bucket, chunk=512))
+    monkeypatch.setattr(layout, "chunk_elements", lambda *sizes: 512)
     mix = Mix(Variant((F32, F32, F32)), (256 * 512 + 1, 7))
     _, exact = oracle_step(mix)
     assert step(mix, emulator, Order(seed, 4, window=5)).tolist() == pytest.approx(exact, rel=3e-7)
@@ -354,7 +353,7 @@ def test_the_scan_of_the_gradients(dtype: torch.dtype, emulator: Emulator, seed:
     for compiled in (True, False):
         fused = FusedPass(CPU)
         fused.prepare([TensorBatch(0, [0, 1, 2, 3], params, grads)], state, [[0.5] * 4])
-        fused._programs = lambda: 3  # type: ignore[method-assign]
+        fused.programs = 3
         if compiled:
             EmulatedLauncher(emulator, fused, lambda: [*params, *grads], programs=3)
         (rows,) = fused.scan().values()
@@ -365,8 +364,9 @@ def test_the_scan_of_the_gradients(dtype: torch.dtype, emulator: Emulator, seed:
 
 
 def test_chunks_as_large_as_they_are(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    monkeypatch.setattr("fused_dals.fused.Bucket", Bucket)
-    compiled = Mix(Variant((F32, F32, F32)), (2 * layout.CHUNK, layout.CHUNK + TILE + 5, 3))
+    monkeypatch.setattr(layout, "chunk_elements", WHOLE_CHUNK)
+    chunk = WHOLE_CHUNK(4, 4, 4)
+    compiled = Mix(Variant((F32, F32, F32)), (2 * chunk, chunk + TILE + 5, 3))
     interpreted = compiled.copy()
     assert torch.equal(step(compiled, emulator, Order(seed, 3)), step(interpreted, None))
     assert identical(compiled.flat(), interpreted.flat())

@@ -95,7 +95,7 @@ class Launched:
         again = launcher.launch(self.kernel, PROGRAMS, self.arguments, **self.options)
         assert again is not None
         self.driver.stream = 4
-        again()
+        again.again()
         return self.driver.notes()
 
     def at_all_addresses(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Launched:
         assert again is not None
         knobs.runtime.launch_enter_hook = lambda launch: heard.append(("enter", launch.get()["name"]))
         knobs.runtime.launch_exit_hook = lambda launch: heard.append(("exit", launch.get()["name"]))
-        again()
+        again.again()
         knobs.runtime.launch_enter_hook = knobs.runtime.launch_exit_hook = None
         self.driver.notes()
         return heard

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from bench import traffic
 from bench.__main__ import main
 from bench.byte_table import STEP_DTYPES, least_bytes, uncached_bytes
-from bench.cache_model import PassPlan, Traffic, bounds, predict, window_chunks
+from bench.cache_model import PassPlan, Traffic, bounds, chunk_of, predict, window_chunks
 from bench.shapes import SHAPES
-from bench.traffic import Cell, Score, best_chunk, best_share, cells_of, scores_of
-from fused_dals.buckets import CHUNK, WINDOW_SHARE_OF_L2
-from fused_dals.fused import TILE
-from fused_dals.kernels.layout import MOST_IN_B
+from bench.traffic import Cell, Score, best_chunk, best_window, cells_of, scores_of
+from fused_dals.fused import TILE, WINDOW_PER_PROGRAM
+from fused_dals.kernels.layout import CHUNK_BYTES, MOST_IN_B
 from fused_dals.worklist import STAGE_A, work_list
 
 FP32 = STEP_DTYPES["fp32"]
+CHUNK = chunk_of(FP32)
 RESULTS = Path("bench/results/traffic.json")
 
 
@@ -97,6 +97,7 @@ def assume(
     """Latencies in place of the model's, with bytes from the cache and lone chunks as quick as others."""
     monkeypatch.setattr("bench.cache_model.L2_BYTES_PER_S", math.inf)
     monkeypatch.setattr("bench.cache_model.LONE_CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr("bench.cache_model.MIXED_SHARE", 1.0)
     for name, seconds in {"ITEM": item, "TILE": tile, "RATIO": ratio}.items():
         monkeypatch.setattr(f"bench.cache_model.{name}_SECONDS", seconds)
 
@@ -279,8 +280,7 @@ def test_within_bounds_and_falling_with_the_cache(
 @pytest.mark.parametrize(("model", "writes"), [("bert_large", True), ("bert_large", False), ("gpt2_xl", True)])
 def test_coarser_chunks_change_little(model: str, writes: bool) -> None:
     sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
-    window = window_chunks(WINDOW_SHARE_OF_L2, 50 << 20, FP32)
-    fine = PassPlan(sizes, FP32, window, stage_a_writes=writes, programs=264, bandwidth=4.8e12)
+    fine = PassPlan(sizes, FP32, 264, stage_a_writes=writes, programs=264, bandwidth=4.2e12)
     coarse = fine.coarser(traffic.MOST_CHUNKS)
     assert coarse.chunk > fine.chunk
     one, other = (traffic_of(replayed, 30_000_000) for replayed in (fine, coarse))
@@ -290,10 +290,30 @@ def test_coarser_chunks_change_little(model: str, writes: bool) -> None:
     assert one.waiting == pytest.approx(other.waiting, abs=0.015 if writes else 0.02)
 
 
-def test_windows_in_chunks() -> None:
-    assert window_chunks(0.5, 50 << 20, FP32, 4096) == 400
-    assert window_chunks(0, 50 << 20, FP32) == 0
-    assert window_chunks(math.inf, 50 << 20, FP32) > 10**9
+def test_windows_and_chunks() -> None:
+    assert window_chunks(0.5, 264) == 132 and window_chunks(0, 264) == 0
+    assert window_chunks(math.inf, 264) > 10**9
+    assert [chunk_of(dtypes) for dtypes in STEP_DTYPES.values()] == [8192, 16384, 16384]
+    assert [chunk_of(dtypes, 1 << 16) for dtypes in STEP_DTYPES.values()] == [4096, 8192, 8192]
+
+
+def test_pairs_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16-bit numbers only: two tiles together take 70 seconds, one by one 50 each."""
+    assume(monkeypatch, (500.0, 0.0), (50.0, 0.0), (0.0, 0.0))
+    monkeypatch.setattr("bench.cache_model.PAIR_SECONDS", 70.0)
+    bf16, mixed = (plan([10], bandwidth=1.0, tile=5, dtypes=STEP_DTYPES[name]) for name in ("bf16", "mixed"))
+    assert traffic_of(bf16, 10**6).slowness == pytest.approx((500 + 70 + 20) / 140)
+    assert traffic_of(replace(bf16, in_pairs=False), 10**6).slowness == pytest.approx((500 + 100 + 20) / 140)
+    assert traffic_of(mixed, 10**6).slowness == pytest.approx((500 + 100 + 20) / 220)
+
+
+def test_memory_is_slower_than_in_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assume(monkeypatch, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
+    monkeypatch.setattr("bench.cache_model.MIXED_SHARE", 0.5)
+    one = plan([10], bandwidth=1.0)
+    assert traffic_of(one, 10**6).slowness == pytest.approx(2) and traffic_of(one, 0).slowness == pytest.approx(
+        2 * 36 / 28
+    )
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -303,13 +323,19 @@ def test_the_window_and_chunk_in_use_follow_from_the_predictions() -> None:
     """The committed predictions are those of the present code, and the defaults follow from them."""
     record = json.loads(RESULTS.read_text())
     scores = [
-        Score(**{**row, "window_share": math.inf if row["window_share"] is None else row["window_share"]})
+        Score(
+            **{
+                **row,
+                "window_per_program": row["window_per_program"]
+                or (0.0 if row["window_per_program"] == 0 else math.inf),
+            }
+        )
         for row in record["plans"]
     ]
     assert {score.gpu for score in scores} == set(traffic.GPUS)
-    assert best_share(scores) == record["best_window_share"] == WINDOW_SHARE_OF_L2
-    assert best_chunk(scores) == record["best_chunk"] == CHUNK
-    plans = [(CHUNK, WINDOW_SHARE_OF_L2)]
+    assert best_window(scores) == record["best_window_per_program"] == WINDOW_PER_PROGRAM
+    assert best_chunk(scores) == record["best_chunk_bytes"] == CHUNK_BYTES
+    plans = [(CHUNK_BYTES, WINDOW_PER_PROGRAM)]
     for model, dtypes in (("resnet50", "fp32"), ("gpt2", "bf16")):
         modes = cells_of("H100", [(model, dtypes)], list(traffic.MODES), plans, traffic.MOST_CHUNKS, lambda: 0)
         saved = [Cell(**row) for row in record["modes"] if (row["model"], row["dtypes"]) == (model, dtypes)]
@@ -320,36 +346,36 @@ def test_the_window_and_chunk_in_use_follow_from_the_predictions() -> None:
 def test_scores_are_means_and_losses_are_against_the_best_window() -> None:
     def cell(share: float, model: str, predicted: float, waiting: float, slowness: float) -> Cell:
         mode = "A writes h and m"
-        return Cell("A100", 0.9, model, "fp32", mode, CHUNK, share, predicted, waiting, slowness, 28, 36)
+        return Cell("A100", 0.9, model, "fp32", mode, CHUNK_BYTES, share, predicted, waiting, slowness, 28, 36)
 
     first = [cell(0, "a", 28, 0.5, 2.0), cell(0, "b", 35, 0, 1.25)]
     found = scores_of([*first, cell(1, "a", 29.4, 0, 1.05), cell(1, "b", 35, 0, 1.25)])
-    assert [score.window_share for score in found] == [0, 1]
+    assert [score.window_per_program for score in found] == [0, 1]
     assert found[0].excess == pytest.approx(1.125) and found[0].waiting == 0.25
     assert [score.worst_loss for score in found] == pytest.approx([2.0 / 1.05, 1])
     assert [score.slowness for score in found] == pytest.approx([1.625, 1.15])
-    assert best_share(found) == 1
+    assert best_window(found) == 1
 
     # Of windows that are as fast the one that risks less, or the faster one on the GPU of the targets, where it counts.
     def score(share: float, excess: float, waiting: float, slowness: float, gpu: str = "A100") -> Score:
-        return Score(gpu, "A writes h and m", 0.9, CHUNK, share, excess, excess, waiting, slowness)
+        return Score(gpu, "A writes h and m", 0.9, CHUNK_BYTES, share, excess, excess, waiting, slowness)
 
     risky = score(1, 1.1, 0.0, 1.1)
-    assert best_share([score(0, 1.0, 0.1, 1.104), risky]) == 0
-    assert best_share([score(0, 1.0, 0.1, 1.12), risky]) == 1
+    assert best_window([score(0, 1.0, 0.1, 1.104), risky]) == 0
+    assert best_window([score(0, 1.0, 0.1, 1.12), risky]) == 1
     there = [score(0, 1.0, 0.1, 1.104, traffic.TRIES_ON), score(1, 1.1, 0.1, 1.101, traffic.TRIES_ON)]
-    assert best_share([score(0, 1.0, 0.1, 1.104), risky, *there]) == 1
+    assert best_window([score(0, 1.0, 0.1, 1.104), risky, *there]) == 1
 
 
 def test_marks_that_are_ignored_count_as_a_case_of_their_own() -> None:
     def cell(mode: str, share: float, predicted: float) -> Cell:
-        return Cell("A100", 0.9, "a", "fp32", mode, CHUNK, share, predicted, 0.0, predicted / 28, 28, 36)
+        return Cell("A100", 0.9, "a", "fp32", mode, CHUNK_BYTES, share, predicted, 0.0, predicted / 28, 28, 36)
 
     kept, ignored = traffic.WINDOW_MODES
     found = scores_of([cell(kept, 0, 28), cell(kept, 1, 28), cell(ignored, 0, 29), cell(ignored, 1, 36)])
     assert [score.mode for score in found] == [kept, kept, ignored, ignored]
     assert [score.worst_loss for score in found] == pytest.approx([1, 1, 1, 36 / 29])
-    assert best_share(found) == 0
+    assert best_window(found) == 0
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,5 +387,5 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "PREDICTED" in printed and "resnet50" in printed and "all A first" in printed
     record = json.loads(out.read_text())
     assert record["predicted"] is True and len(record["modes"]) == 3 * 3 * 2
-    assert len(record["plans"]) == 2 * 2 * 2 * (len(traffic.WINDOW_SHARES) + len(traffic.CHUNKS) - 1)
+    assert len(record["plans"]) == 2 * 2 * 2 * (len(traffic.WINDOWS) + len(traffic.CHUNKS) - 1)
     assert {row["predicted"] for row in record["modes"] if row["dtypes"] == "fp32"} == {28.0}

@@ -267,7 +267,9 @@ def writer_label(plan: Plan) -> str:
 # -- the grid --------------------------------------------------------------------------------------------------------
 
 
-def check_grid(machine: Machine, dtypes: Dtypes, specs: Sequence[Spec], chunk: int, seed: int) -> Iterator[Check]:
+def check_grid(
+    machine: Machine, dtypes: Dtypes, specs: Sequence[Spec], chunk: int | None, seed: int
+) -> Iterator[Check]:
     """One check per way of writing h and m: numbers, guards, and bits over windows, reruns and permutations."""
     originals = Originals(specs, dtypes, seed)
     rounds = machine.device.type != "cpu"

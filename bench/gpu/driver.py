@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from bench.byte_table import Dtypes
 from bench.compiled import even_blends, hyperparameters
 from fused_dals import fused
-from fused_dals.buckets import CHUNK, Bucket
-from fused_dals.fused import FusedPass
+from fused_dals.buckets import Bucket
+from fused_dals.fused import FusedPass, programs_on
 from fused_dals.gather import TensorBatch
+from fused_dals.kernels import layout
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.run_state import RunState, StepInputs
@@ -25,10 +26,10 @@ from fused_dals.run_state import RunState, StepInputs
 class Plan:
     """What is free to choose about a launch; none of it may change a result. ``window`` counts chunks.
 
-    A tile larger than the chunk becomes the chunk.
+    A tile larger than the chunk becomes the chunk. Where chunk or window are None, they are what the optimizer takes.
     """
 
-    chunk: int = CHUNK
+    chunk: int | None = None
     tile: int = fused.TILE
     window: int | None = None
     stage_a_writes: bool = True
@@ -69,14 +70,22 @@ class PassDriver:
 
     def __init__(self, tensors: TensorSet, plan: Plan, group: dict[str, Any]) -> None:
         self.tensors = tensors  # the pass itself holds addresses
-        self.plan = plan
         self.group = group
         device = tensors.params[0].device
-        self.fused_pass = FusedPass(
-            device, plan.window, plan.stage_a_writes, plan.evict_first, plan.same_runs, plan.max_registers
-        )
         param, grad, state_dtype = tensors.dtypes
-        self.fused_pass.buckets[param, grad, state_dtype, False] = Bucket(device, chunk=plan.chunk, window=plan.window)
+        chunk = plan.chunk or layout.chunk_elements(param.itemsize, grad.itemsize, state_dtype.itemsize)
+        self.plan = replace(plan, tile=min(plan.tile, chunk))
+        self.fused_pass = FusedPass(
+            device,
+            plan.window,
+            plan.stage_a_writes,
+            plan.evict_first,
+            plan.same_runs,
+            plan.max_registers,
+            programs_on(device, plan.programs_per_sm),
+        )
+        bucket = Bucket(device, chunk, self.fused_pass.window)
+        self.fused_pass.buckets[param, grad, state_dtype, False] = bucket
         state = {
             param: {"grad_ema": h, "momentum_buffer": m}
             for param, h, m in zip(tensors.params, tensors.grad_emas, tensors.momentum_buffers, strict=True)
@@ -98,13 +107,12 @@ class PassDriver:
 
 @contextmanager
 def _launch_shape(plan: Plan) -> Iterator[None]:
-    before = fused.TILE, fused.NUM_WARPS, fused.PROGRAMS_PER_SM
-    fused.TILE = min(plan.tile, plan.chunk)
-    fused.NUM_WARPS, fused.PROGRAMS_PER_SM = plan.num_warps, plan.programs_per_sm
+    before = fused.TILE, fused.NUM_WARPS
+    fused.TILE, fused.NUM_WARPS = plan.tile, plan.num_warps
     try:
         yield
     finally:
-        fused.TILE, fused.NUM_WARPS, fused.PROGRAMS_PER_SM = before
+        fused.TILE, fused.NUM_WARPS = before
 
 
 def compile_variant(device: torch.device, dtypes: Dtypes, plan: Plan) -> None:

@@ -67,9 +67,9 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
     """Sorted by time within each list of tensors."""
     cells, failures = [], []
     for row in sorted(rows, key=lambda row: (row.model, row.dtypes, row.device_s.median if row.device_s else 0.0)):
-        share = "default" if row.window_share is None else f"{row.window_share:g}"
+        window = "default" if row.window_per_program is None else f"{row.window_per_program:g}"
         plan = row.plan
-        settings = [str(plan[name]) for name in ("chunk", "tile", "num_warps", "programs_per_sm")] + [share]
+        settings = [str(plan[name]) for name in ("chunk", "tile", "num_warps", "programs_per_sm")] + [window]
         settings += ["A" if plan["stage_a_writes"] else "B", "yes" if plan["evict_first"] else "no"]
         settings.append("same" if plan["same_runs"] else "widest")
         if row.device_s is None:
@@ -83,7 +83,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         "tile",
         "warps",
         "programs/SM",
-        "window x L2",
+        "window / programs",
         "h, m by",
         "evict first",
         "runs",

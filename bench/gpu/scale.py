@@ -10,11 +10,13 @@ from bench.gpu.correctness import DTYPES, Spec, grid
 from bench.gpu.features import FEATURES
 from bench.gpu.races import Crowd
 from bench.gpu.runner import SECTIONS
-from fused_dals.buckets import CHUNK
+from fused_dals.kernels import layout
 
 SWEEP_MODELS, SWEEP_DTYPES = ("resnet50", "vit_l_16", "gpt2_xl"), ("fp32", "mixed")
 MODELS = ("resnet50", "vit_b_16", "vit_l_16", "bert_large", "gpt2", "gpt2_xl", "llama_7b")
 QUICK_MODELS = ("resnet50", "vit_b_16", "gpt2")
+#: Of 16-bit parameters; others have half of it, so that what lies around its borders lies around theirs.
+LARGEST_CHUNK = layout.chunk_elements(2, 2, 2)
 CROWD = Crowd(tiny=4000, tiny_elements=3000, huge=3, huge_elements=40_000_000)
 
 
@@ -24,9 +26,9 @@ class Scale:
     one model; ``quick_to_compile``: lists of few tensors, for which that suffices, beside the models."""
 
     models: tuple[str, ...]
-    specs: tuple[Spec, ...] = tuple(grid(CHUNK, 300))
+    specs: tuple[Spec, ...] = tuple(grid(LARGEST_CHUNK, 150))
     grid_dtypes: tuple[Dtypes, ...] = tuple(DTYPES)
-    chunk: int = CHUNK
+    chunk: int | None = None
     crowd: Crowd = CROWD
     reruns: tuple[int, int] = (100, 25)
     launch_counts: tuple[int, ...] = (1, 300, 10_000)

@@ -17,9 +17,11 @@ from bench.gpu.driver import PassDriver, Plan
 from bench.machine import Machine
 from bench.shapes import NamedShape
 from bench.timing import Sampler, Spread, make_parameters, one_line
+from fused_dals.fused import programs_on
 
 CHUNKS, TILES, WARPS, PROGRAMS = (4096, 8192, 16384), (2048, 4096), (4, 8), (1, 2, 3, 4)
-WINDOW_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, math.inf)
+#: As multiples of the number of programs.
+WINDOWS = (0.0, 0.5, 1.0, 1.5, 2.0, math.inf)
 #: 32-bit registers of a multiprocessor, of every NVIDIA GPU that the kernels run on.
 REGISTERS_PER_SM = 65536
 #: A thread is given so many more at a time: of 85 for three programs with 8 warps it would get 88, and two would run.
@@ -30,12 +32,12 @@ WRITES_AND_MARKS = ((True, True), (True, False), (False, True))
 
 @dataclass
 class SweepRow:
-    """One plan's time on one list of tensors; `window_share` of the L2 cache, None for the default window."""
+    """One plan's time on one list of tensors; `window_per_program` chunks, None for the default window."""
 
     model: str
     dtypes: str
     plan: dict[str, Any]
-    window_share: float | None  # infinite: all A before all B
+    window_per_program: float | None  # infinite: all A before all B
     device_s: Spread | None = None
     error: str | None = None
 
@@ -85,31 +87,31 @@ def sweep(
     best: tuple[float, Plan, float | None] = (math.inf, Plan(), None)
     measured: set[tuple[Plan, float | None]] = set()
 
-    def stages(stage: int, plan: Plan, share: float | None) -> Iterator[tuple[Plan, float | None]]:
+    def stages(stage: int, plan: Plan, multiple: float | None) -> Iterator[tuple[Plan, float | None]]:
         if stage == 0:
             shapes = product(CHUNKS, TILES, WARPS)
-            yield from ((fitting(replace(plan, chunk=c, tile=t, num_warps=w)), share) for c, t, w in shapes)
+            yield from ((fitting(replace(plan, chunk=c, tile=t, num_warps=w)), multiple) for c, t, w in shapes)
         elif stage == 1:
-            yield from ((fitting(replace(plan, programs_per_sm=programs)), share) for programs in PROGRAMS)
+            yield from ((fitting(replace(plan, programs_per_sm=programs)), multiple) for programs in PROGRAMS)
         elif stage == 2:
-            yield from ((replace(plan, same_runs=same), share) for same in (False, True)[: 1 + are_mixed(dtypes)])
+            yield from ((replace(plan, same_runs=same), multiple) for same in (False, True)[: 1 + are_mixed(dtypes)])
         else:
             plans = (replace(plan, stage_a_writes=a, evict_first=marks) for a, marks in WRITES_AND_MARKS)
-            yield from ((other, s) for other in plans for s in WINDOW_SHARES)
+            yield from ((other, w) for other in plans for w in WINDOWS)
 
     for stage in range(4):
-        for plan, share in stages(stage, best[1], best[2]):
-            if (plan, share) in measured:
+        for plan, multiple in stages(stage, best[1], best[2]):
+            if (plan, multiple) in measured:
                 continue
-            measured.add((plan, share))
-            row = SweepRow(model, dtypes_name, asdict(plan), share)
+            measured.add((plan, multiple))
+            row = SweepRow(model, dtypes_name, asdict(plan), multiple)
             if time_is_up():
                 row.error = "left out from here on: time is up"
                 yield row
                 return
-            if share is not None:
-                window = window_chunks(share, machine.l2_bytes, dtypes, plan.chunk)
-                row.plan = asdict(replace(plan, window=window))
+            if multiple is not None:
+                programs = programs_on(machine.device, plan.programs_per_sm)
+                row.plan = asdict(replace(plan, window=window_chunks(multiple, programs)))
             try:
                 driver = PassDriver(tensors, Plan(**row.plan), hyperparameters(lr=1e-5))
                 sampler = Sampler(machine, driver.step)
@@ -118,5 +120,5 @@ def sweep(
                 row.error = one_line(error)
             else:
                 if row.device_s.median < best[0]:
-                    best = row.device_s.median, plan, share
+                    best = row.device_s.median, plan, multiple
             yield row

@@ -8,8 +8,8 @@ from statistics import median
 from typing import Any
 
 from bench.byte_table import STEP_DTYPES
-from bench.cache_model import PassPlan, bounds, predict, window_chunks
-from bench.contenders import BASELINE, FUSED
+from bench.cache_model import PassPlan, bounds, chunk_of, predict, window_chunks
+from bench.contenders import ADAMW, BASELINE, FUSED
 from bench.host import cost_table
 from bench.report.results import Results, StepFile
 from bench.shapes import MODELS, SHAPES
@@ -25,18 +25,25 @@ NO_GPU = "There is no GPU figure yet."
 
 
 def readme_speed(results: Results) -> str:
-    """Medians, contenders by models, one table per file and dtypes; and what a step costs the host."""
+    """Medians, contenders by models, one table per file and dtypes; and what a step costs the host.
+
+    Of a device's later files, what an earlier one has not shown.
+    """
     blocks = [] if any(found.on_gpu for found in results.steps) else [NO_GPU]
+    seen: set[tuple[str, str, str]] = set()
     for found in results.steps:
-        for dtypes in dict.fromkeys(row.dtypes for row in found.rows):
-            rows = [row for row in found.rows if row.dtypes == dtypes]
+        device, baseline = found.environment["device"], ADAMW if found.on_gpu else BASELINE
+        new = [row for row in found.rows if (device, row.model, row.dtypes) not in seen]
+        seen |= {(device, row.model, row.dtypes) for row in new}
+        for dtypes in dict.fromkeys(row.dtypes for row in new):
+            rows = [row for row in new if row.dtypes == dtypes]
             blocks.append(
                 f"One step in milliseconds, {dtypes}, medians of one run that took turns (in brackets: times "
-                f"{BASELINE}, round by round). {described(found.environment)}, [the file](bench/results/{found.name}):"
+                f"{baseline}, round by round). {described(found.environment)}, [the file](bench/results/{found.name}):"
             )
             # Lists of equal tensors are for the plot of bandwidth, and for docs/speed.md.
             shown = [row for row in rows if row.model in MODELS] or rows
-            blocks.append(_pivot(shown))
+            blocks.append(_pivot(shown, baseline))
             absent = [name for name in dict.fromkeys(row.contender for row in shown) if not _ran(name, shown)]
             if absent:
                 blocks.append(f"No figures of {', '.join(absent)}: [docs/speed.md](docs/speed.md) says why.")
@@ -75,17 +82,18 @@ def described(environment: dict[str, Any]) -> str:
     return ", ".join([*parts, environment["date"][:10]])
 
 
-def _pivot(rows: Sequence[StepRow]) -> str:
+def _pivot(rows: Sequence[StepRow], baseline: str) -> str:
     """Contenders by models; a dash where there is no figure."""
     models = list(dict.fromkeys(row.model for row in rows))
     by_model = {model: [row for row in rows if row.model == model] for model in models}
-    relative = {model: ratios(members, BASELINE) for model, members in by_model.items()}
+    relative = {model: ratios(members, baseline) for model, members in by_model.items()}
     lines = []
     for contender in dict.fromkeys(row.contender for row in rows):
         cells = []
         for model in models:
             row = next((row for row in by_model[model] if row.contender == contender), None)
-            cells.append(_milliseconds(row, None if row is None else relative[model].get(contender)))
+            ratio = None if row is None or contender == baseline else relative[model].get(contender)
+            cells.append(_milliseconds(row, ratio))
         if _ran(contender, rows):
             lines.append([contender, *cells])
     return markdown_table(["", *models], lines)
@@ -99,7 +107,7 @@ def _milliseconds(row: StepRow | None, ratio: Any) -> str:
     if row is None or row.device_s is None:
         return "-"
     time = f"{1e3 * row.device_s.median:.3g}" if row.device_s.median < 1 else f"{1e3 * row.device_s.median:.0f}"
-    return time if ratio is None or row.contender == BASELINE else f"{time} ({ratio.median:.2f})"
+    return time if ratio is None else f"{time} ({ratio.median:.2f})"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -152,11 +160,13 @@ def _step_tables(found: StepFile, all_rows: Sequence[StepRow]) -> Iterator[str]:
 
 
 def _predicted_beside_measured(found: StepFile) -> Iterator[list[str]]:
-    """Steps of the fused path on a GPU, whose cache and size the file tells."""
-    if not found.on_gpu or found.copy_bandwidth is None or found.plan is None:
+    """Steps of the fused path on a GPU, whose cache and size the file tells; of work lists as they are made now."""
+    if not found.on_gpu or found.copy_bandwidth is None or "window_per_program" not in (found.plan or {}):
         return
-    used = dict(found.plan)
-    l2_bytes, share = found.environment["l2_bytes"], used.pop("window_share")
+    used = dict(found.plan or {})
+    l2_bytes, multiple, chunk_bytes = (
+        found.environment["l2_bytes"], used.pop("window_per_program"), used.pop("chunk_bytes"),
+    )  # fmt: skip
     used.pop("same_runs", None)  # of no account for bytes
     programs = used.pop("programs_per_sm") * found.environment["multiprocessors"]
     for row in found.rows:
@@ -164,8 +174,8 @@ def _predicted_beside_measured(found: StepFile) -> Iterator[list[str]]:
             continue
         dtypes = STEP_DTYPES[row.dtypes]
         sizes = tuple(math.prod(shape) for _, shape in SHAPES[row.model]())
-        window = window_chunks(share, l2_bytes, dtypes, used["chunk"])
-        plan = PassPlan(sizes, dtypes, window, programs=programs, bandwidth=found.copy_bandwidth, **used)
+        window, chunk = window_chunks(multiple, programs), chunk_of(dtypes, chunk_bytes)
+        plan = PassPlan(sizes, dtypes, window, chunk, programs=programs, bandwidth=found.copy_bandwidth, **used)
         predicted = predict(plan.coarser(MOST_CHUNKS), *(int(usable * l2_bytes) for usable in USABLE))
         fastest = bounds(plan)[0] * sum(sizes) / found.copy_bandwidth
         times = [f"{1e3 * traffic.slowness * fastest:.3f}" for traffic in predicted]

@@ -134,7 +134,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Try:
-    """A plan that differs in one thing from the one in use: means over all lists and dtypes, with 90 % of the cache."""
+    """A plan that differs in one thing from the one in use: means over all lists and dtypes, with USABLE[0] of L2."""
 
     name: str
     excess: float
@@ -162,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench traffic",
         description="Bytes per parameter that a step of the fused pass moves, PREDICTED by replaying its work list "
-        "through a model of the L2 cache, and its time from assumed latencies; nothing is measured. One table of what "
+        "through a model of the L2 cache, and its time from latencies that one GPU has. One table of what "
         "stage A does, with 55 and 90 % of the cache usable, and one of chunks and of windows between the stages, in "
         "chunks for each program.",
         formatter_class=HelpFormatter,
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     most_chunks = 1 << 60 if args.exact else MOST_CHUNKS
     lists = [(model, dtypes) for model in args.shapes for dtypes in args.dtypes]
-    plans = [(CHUNK_BYTES, share) for share in WINDOWS]
+    plans = [(CHUNK_BYTES, window) for window in WINDOWS]
     plans += [(chunk, WINDOW_PER_PROGRAM) for chunk in CHUNKS if chunk != CHUNK_BYTES]
     total = len(lists) * (len(MODES) + len(TRIES) + len(args.gpus) * len(WINDOW_MODES) * len(plans))
     with tqdm(total=total, unit="replay") as bar:
@@ -249,13 +249,13 @@ def cells_of(
     """Predictions for every list of tensors with its dtypes, usable share, mode and plan, a chunk and a window."""
     for model, name in lists:
         for mode in modes:
-            for chunk, share in plans:
-                plan = plan_on(GPUS[gpu], model, name, most_chunks, chunk, share, **MODES[mode])
+            for chunk, window in plans:
+                plan = plan_on(GPUS[gpu], model, name, most_chunks, chunk, window, **MODES[mode])
                 predicted = predict(plan, *(int(usable * GPUS[gpu].l2_bytes) for usable in USABLE))
                 least, uncached = bounds(plan)
                 for usable, found in zip(USABLE, predicted, strict=True):
                     figures = found.per_parameter, found.waiting, found.slowness, least, uncached
-                    yield Cell(gpu, usable, model, name, mode, chunk, share, *figures)
+                    yield Cell(gpu, usable, model, name, mode, chunk, window, *figures)
                 on_replay()
 
 
@@ -283,21 +283,21 @@ def scores_of(cells: Sequence[Cell]) -> list[Score]:
         by_row.setdefault((cell.gpu, cell.mode, cell.usable, cell.chunk_bytes, cell.window_per_program), []).append(
             cell
         )
-    for (gpu, mode, usable, chunk, share), members in by_row.items():
+    for (gpu, mode, usable, chunk, window), members in by_row.items():
         loss = max(cell.slowness / least[gpu, mode, usable, cell.model, cell.dtypes] for cell in members)
         excess, waiting, slowness = (
             fmean(getattr(cell, name) for cell in members) for name in ("excess", "waiting", "slowness")
         )
-        scores.append(Score(gpu, mode, usable, chunk, share, excess, loss, waiting, slowness))
+        scores.append(Score(gpu, mode, usable, chunk, window, excess, loss, waiting, slowness))
     return scores
 
 
 def best_window(scores: Sequence[Score]) -> float:
-    """The window to take with the chunk in use, as a share of the L2 cache."""
+    """The window to take with the chunk in use, in chunks for each program."""
     return _best(
         {
-            share: [s for s in scores if (s.chunk_bytes, s.window_per_program) == (CHUNK_BYTES, share)]
-            for share in WINDOWS
+            window: [s for s in scores if (s.chunk_bytes, s.window_per_program) == (CHUNK_BYTES, window)]
+            for window in WINDOWS
         }
     )
 
@@ -315,8 +315,8 @@ def _best(members: dict[Choice, list[Score]]) -> Choice:
     """Of what is about the least slow, in the mean over all GPUs, what is fastest on the GPU of the targets.
 
     What counts alike in a mean: both usable shares, marks heeded and ignored. How much of the cache serves is not
-    known, nor what marks do, and too large a window or chunk is what one pays for if it is little. On that GPU marks
-    are heeded: its counters say so. Where it is left out, what risks least.
+    known, nor what marks do elsewhere, and too large a window or chunk is what one pays for if it is little. On that
+    GPU marks are heeded: its counters say so. Where it is left out, what risks least.
     """
     slowness = {choice: fmean(s.slowness for s in some) for choice, some in members.items() if some}
     risk = {choice: max(s.worst_loss for s in some) for choice, some in members.items() if some}
@@ -329,7 +329,7 @@ def _best(members: dict[Choice, list[Score]]) -> Choice:
 
 
 def mode_tables(cells: Sequence[Cell]) -> str:
-    """A table per dtypes: modes by models, with the pessimistic share of the cache in brackets."""
+    """A table per dtypes: modes by models, with the larger share of the cache in brackets."""
     blocks = []
     for dtypes in dict.fromkeys(cell.dtypes for cell in cells):
         members = [cell for cell in cells if cell.dtypes == dtypes]
@@ -339,7 +339,7 @@ def mode_tables(cells: Sequence[Cell]) -> str:
         for mode in dict.fromkeys(cell.mode for cell in members):
             pairs = [[found[mode, model, usable].predicted for usable in USABLE] for model in models]
             limit = next(cell.uncached for cell in members if cell.mode == mode)
-            rows.append([mode, *(f"{full:.1f} ({less:.1f})" for full, less in pairs), f"{limit:.0f}"])
+            rows.append([mode, *(f"{less:.1f} ({more:.1f})" for less, more in pairs), f"{limit:.0f}"])
         title = f"{dtypes}, least {members[0].least:.0f}"
         blocks.append(format_table([title, *models, "no cache"], rows))
     return "\n\n".join(blocks)

@@ -92,10 +92,10 @@ class Again:
 
     launched: Launched
     kernel: Any
-    given: tuple[object, ...]  # what may be replaced between two prepare(), by identity
+    given: tuple[object, ...]  # by identity, held so that nothing else can take it over; all else stays
 
     def fits(self, kernel: Any, given: tuple[object, ...]) -> bool:
-        return self.kernel is kernel and all(map(is_, self.given, given))
+        return self.kernel is kernel and len(self.given) == len(given) and all(map(is_, self.given, given))
 
 
 @dataclass
@@ -303,8 +303,8 @@ class FusedPass:
 
     def _current_device(self) -> Any:
         # Triton launches on the current device, whatever device its arguments are on.
-        there = self.device.type != "cuda" or self.device.index == torch.cuda.current_device()
-        return nullcontext() if there else torch.cuda.device(self.device)
+        is_current = self.device.type != "cuda" or self.device.index == torch.cuda.current_device()
+        return nullcontext() if is_current else torch.cuda.device(self.device)
 
     def _launch_prologue(
         self, inputs: StepInputs, groups: Sequence[Mapping[str, Any]], groups_version: GroupsVersion

@@ -67,11 +67,11 @@ def work_list(chunks: Sequence[int], window: int) -> Iterator[Item]:
 
 def packed_chunks(chunks: Sequence[int]) -> Tensor:
     """Every chunk once, as packed stage A items in the order of the tensors: what a scan of the gradients reads."""
-    runs = [
+    packed = [
         layout.pack_item(t, torch.arange(count, dtype=torch.int64, device="cpu"), STAGE_A)
         for t, count in enumerate(chunks)
     ]
-    return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.cat(packed) if packed else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def packed_work_list(chunks: Sequence[int], window: int) -> Tensor:

@@ -402,8 +402,8 @@ def fused_pass(
     _pointers.
     """
     LAST_USE: tl.constexpr = "evict_first" if EVICT_FIRST else ""
-    PARAM_BITS: tl.constexpr = PARAM_TYPE.primitive_bitwidth * (2 if COMPENSATED else 1)
-    IN_PAIRS: tl.constexpr = PARAM_BITS + GRAD_TYPE.primitive_bitwidth + STATE_TYPE.primitive_bitwidth <= BITS_IN_PAIRS
+    BITS: tl.constexpr = PARAM_TYPE.primitive_bitwidth + GRAD_TYPE.primitive_bitwidth + STATE_TYPE.primitive_bitwidth
+    IN_PAIRS: tl.constexpr = BITS <= BITS_IN_PAIRS and not COMPENSATED and not UNSCALE
     ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     item = tl.load(items + ticket, mask=ticket < item_count, other=0)
     while ticket < item_count:

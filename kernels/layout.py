@@ -51,7 +51,8 @@ STEP, LOSS_EMA, LOSS_DROP, SKIPPED_STEPS = range(4)
 #: What the flags of a step that is dropped are filled with: the ticket counter starts beyond every work list.
 DROPPED = 1 << 30
 
-#: A chunk is the unit of work: so many bytes of parameter, gradient and state, or the next power of two of elements.
+#: A chunk is the unit of work: at least so many bytes of parameter, gradient and state, rounded up to a power of two of
+#: elements.
 CHUNK_BYTES = 1 << 17
 #: Elements of a tile, what a program has in its registers at a time; warps of a program. 2048 float32 elements of 8
 #: warps are 8 a thread, two 16-byte loads per tensor.
@@ -63,7 +64,7 @@ TILE, NUM_WARPS = 2048, 8
 MOST_IN_B = 8192
 #: Bits of parameter, gradient and state up to which stage A loads two tiles before it works on them: of 16-bit numbers
 #: one is 16 KiB, and a multiprocessor has to have some 50 KiB on their way to keep up with an H200's memory. With a
-#: compensation two take 154 registers, of 16-bit parameters with float32 state they spill.
+#: compensation two take 154 registers; where gradients are written back, or state is float32, they spill.
 BITS_IN_PAIRS = 48
 #: Tile of the scan, which has one tensor to load and no more than 80 registers.
 SCAN_TILE = 4096

@@ -37,7 +37,9 @@ PASSES = [
     ((tl.float32, tl.float32, tl.float32), False, False, True),
     ((tl.bfloat16, tl.bfloat16, tl.float32), False, False, False),
     ((tl.bfloat16, tl.bfloat16, tl.bfloat16), False, False, False),
+    ((tl.bfloat16, tl.bfloat16, tl.bfloat16), False, False, True),
     ((tl.bfloat16, tl.bfloat16, tl.bfloat16), True, False, False),
+    ((tl.float16, tl.float16, tl.bfloat16), False, True, False),
     ((tl.float16, tl.float16, tl.float32), False, True, False),
 ]
 

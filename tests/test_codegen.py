@@ -44,7 +44,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Machin
 
 def passes(compiled: list[tuple[str, MachineCode]], *targets: str) -> Iterator[MachineCode]:
     chosen = [code for _, code in compiled if code.kernel == "fused_pass" and code.target in targets]
-    assert len(chosen) == 11 * len(targets), "five kinds of tensors, with stage A writing and only reading, and shards"
+    assert len(chosen) == 14 * len(targets), (
+        "six kinds of tensors, with stage A writing and only reading; two of shards"
+    )
     yield from chosen
 
 
@@ -145,6 +147,19 @@ def test_stage_b_asks_for_all_of_a_chunk_before_it_stores(ptx: dict[str, str]) -
         blocks = re.split(r"^\$L__BB", ptx[name], flags=re.MULTILINE)
         kinds = [re.findall(r"\b(ld|st)\.global\S*\.v4", block.partition(" bra ")[0]) for block in blocks]
         assert ["ld"] * loads + ["st"] * stores in kinds
+
+
+def test_stage_a_loads_two_tiles_together_where_all_is_16_bit(ptx: dict[str, str]) -> None:
+    """p, g, h and m of each, of which g and h are marked, stand in one block, for one wait."""
+    for name, tiles in {"fp32": 1, "bf16": 2, "mixed": 1}.items():
+        wide_loads = {"fp32": (8, 4), "bf16": (4, 2), "mixed": (6, 3)}[name]  # of a tile, and the marked ones
+        found = []
+        for block in re.split(r"^\$L__BB", ptx[name], flags=re.MULTILINE):
+            body = block.partition(" bra ")[0]
+            loads = re.findall(r"ld\.global\S*\.v4", body)
+            found.append((len(loads), sum("evict_first" in load for load in loads)))
+        counts = [found.count((n * wide_loads[0], n * wide_loads[1])) for n in (1, 2)]
+        assert counts == [1, tiles - 1], "each tile by itself, and where there are pairs, two"
 
 
 def test_marks_are_for_the_l2_cache(ptx: dict[str, str]) -> None:

@@ -251,3 +251,15 @@ def test_a_learning_rate_of_any_dtype_is_read_live(dtype: torch.dtype, monkeypat
     lr.fill_(0.5)
     optimizer.step(loss=1.0)
     assert (p < before).all()
+
+
+def test_a_launch_enters_its_device_unless_it_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, whatever device its arguments are on."""
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device))
+    passing = FusedPass(CPU)
+    for index in (0, 1):
+        passing.device = torch.device("cuda", index)
+        passing._current_device()
+    assert entered == [torch.device("cuda", 1)]

@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 from fused_dals import DALS, fused
 from fused_dals.fused import FusedPass, Launch
 from fused_dals.kernels import fused_pass, grad_scan, prologue
+from fused_dals.live_groups import GroupsVersion
+from fused_dals.run_state import StepInputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -43,7 +45,7 @@ def plain(argument: Any) -> Any:
 
 
 class Watch:
-    """Holds every launch of the pass against the tables of the moment."""
+    """Holds every launch of pass and prologue against the tables of the moment; counts those made as before."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         modules: dict[Any, str] = {fused_pass: "fused_pass", grad_scan: "grad_scan", prologue: "prologue"}
@@ -51,8 +53,19 @@ class Watch:
         for module, name in modules.items():
             monkeypatch.setattr(module, name, kernels[name])
         self.kernel = kernels["fused_pass"]
-        self.again = 0
-        real = FusedPass._launch_pass
+        self.again = self.prologue_again = 0
+        real, real_prologue = FusedPass._launch_pass, FusedPass._launch_prologue
+
+        def launch_prologue_and_look(
+            passing: FusedPass, inputs: StepInputs, groups: list[dict[str, Any]], version: GroupsVersion
+        ) -> None:
+            before, known = kernels["prologue"].launches, passing._prologue_again
+            real_prologue(passing, inputs, groups, version)
+            assert kernels["prologue"].launches == before + 1
+            assert kernels["prologue"].arguments == expected_of_prologue(passing, inputs, len(groups))
+            self.prologue_again += known is not None and passing._prologue_again is known and is_plain(inputs)
+
+        monkeypatch.setattr(FusedPass, "_launch_prologue", launch_prologue_and_look)
 
         def launch_and_look(passing: FusedPass, launch: Launch, which: int) -> None:
             before, known = self.kernel.launches, dict(launch.again)
@@ -66,6 +79,27 @@ class Watch:
             assert launch.bucket.tensors[:, 0].tolist() == [p.data_ptr() for p in owners]
 
         monkeypatch.setattr(FusedPass, "_launch_pass", launch_and_look)
+
+
+def is_plain(inputs: StepInputs) -> bool:
+    """Whether a step has one loss and nothing else beside its gradients."""
+    others = inputs.found_inf, inputs.grad_scale, inputs.scan
+    return inputs.loss.count == 1 and not inputs.skip_nonfinite and all(other is None for other in others)
+
+
+def expected_of_prologue(passing: FusedPass, inputs: StepInputs, groups: int) -> list[Any]:
+    """The arguments of the prologue, from the objects that hold them now."""
+    table, loss = passing.group_table, inputs.loss
+    assert loss.total is not None and loss.count is not None
+    tensors = [table.rows, table.lrs, table.addresses, table.scalars, passing._seed, inputs.values, loss.total]
+    scaling = [
+        passing._zero if inputs.found_inf is None else inputs.found_inf,
+        passing._one if inputs.grad_scale is None else inputs.grad_scale,
+    ]
+    scan = passing._no_scan if inputs.scan is None else inputs.scan
+    flags = [0 if inputs.scan is None else len(scan), float(inputs.skip_nonfinite), groups]
+    scanned = [plain(scan), *flags, plain(passing.sync), passing.sync.numel()]
+    return [*map(plain, tensors), float(loss.count), *map(plain, scaling), *scanned]
 
 
 def expected(passing: FusedPass, launch: Launch, which: int) -> list[Any]:
@@ -127,6 +161,24 @@ def clip(optimizer: DALS) -> None:
     optimizer.param_groups[0]["max_grad_norm"] = 1.0
 
 
+def clip_no_more(optimizer: DALS) -> None:
+    optimizer.param_groups[0]["max_grad_norm"] = None
+
+
+def drop_bad_steps(optimizer: DALS) -> None:
+    for group in optimizer.param_groups:
+        group["skip_nonfinite"] = True
+
+
+def take_bad_steps(optimizer: DALS) -> None:
+    for group in optimizer.param_groups:
+        group["skip_nonfinite"] = False
+
+
+def observe_another_loss(optimizer: DALS) -> None:
+    optimizer.observe_loss(torch.ones((), dtype=torch.float64))
+
+
 def change_lr(optimizer: DALS) -> None:
     optimizer.param_groups[0]["lr"] *= 0.5
 
@@ -137,7 +189,8 @@ def drop_a_gradient(optimizer: DALS) -> None:
 
 CHANGES = [
     hand_over_a_scale, take_the_scale_back, add_a_group, add_an_empty_group, move_a_parameter, load, clip, change_lr,
-    drop_a_gradient, hand_over_a_scale, take_the_scale_back,
+    clip_no_more, observe_another_loss, drop_bad_steps, take_bad_steps, drop_a_gradient, hand_over_a_scale,
+    take_the_scale_back, observe_another_loss,
 ]  # fmt: skip
 
 
@@ -152,6 +205,22 @@ def test_every_launch_is_what_it_would_be_from_scratch(watch: Watch, either_walk
             if change is not drop_a_gradient:
                 renew_gradients(optimizer)
     assert watch.again >= 2 * (len(CHANGES) + 2)
+    scaled_or_scanned = 6  # of the changes
+    assert watch.prologue_again >= 2 * (len(CHANGES) + 2 - scaled_or_scanned)
+
+
+def test_a_run_state_that_has_gone_is_not_launched_with(watch: Watch, seed: int) -> None:
+    """As of the groups' table; the watch holds what is launched against what there is."""
+    optimizer = DALS(parameters(), depth=0.5, fused=True)
+    for _ in range(4):
+        renew_gradients(optimizer)
+        optimizer.step(loss=1.0)
+    before = watch.prologue_again
+    optimizer._runtime.state.values = optimizer._runtime.state.values.clone()
+    optimizer.step(loss=1.0)
+    assert watch.prologue_again == before
+    optimizer.step(loss=1.0)
+    assert watch.prologue_again == before + 1
 
 
 def test_a_table_that_has_gone_is_not_launched_with(watch: Watch, seed: int) -> None:

@@ -7,7 +7,7 @@ where A only reads, so that B fetches m itself (and, an upper bound, its stores)
 makes the trust ratio besides; stage B waits for it, and begins then.
 
 Latencies, the cache's pace and the share of the bandwidth are those with which the model comes closest to the times
-that were measured on an H200, 3 % off in the mean (docs/design.md has both); where a number is assumed or follows from
+that were measured on an H200, 4 % off in the mean (docs/design.md has both); where a number is assumed or follows from
 others, it says so. Another GPU has others.
 
 Bytes: the cache is fully associative, replaces what was used least recently, and holds all of a chunk's tensors or

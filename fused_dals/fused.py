@@ -38,7 +38,8 @@ TILE: int = layout.TILE
 PROGRAMS_PER_SM = 2
 #: Chunks of stage A between a tensor's own and its stage B, for each program. When the first item of stage B is drawn,
 #: all programs are at the tensor's last chunks or have just begun theirs; with as many other chunks before it they are
-#: done by the time. Without, on an H200 a quarter of the programs' time went into waiting for ratios.
+#: done by the time. With whole tensors in between, as many as a part of the L2 cache holds, an H200's programs waited
+#: for ratios during 13 to 25 % of their time (bench/cache_model.py, from what was measured).
 WINDOW_PER_PROGRAM = 1
 
 

@@ -212,6 +212,20 @@ def _stage_a_tile(
 
 
 @triton.jit
+def _add_full_tile(
+    p_squares, u_squares, loaded, addresses, at, blend, scalars, key,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr,
+    UNSCALE: tl.constexpr, A_WRITES: tl.constexpr, LAST_USE: tl.constexpr, SAME_RUNS: tl.constexpr,
+):  # fmt: skip
+    """Stage A of an unmasked tile; returns the squares of p and u, by runs, with its own added."""
+    p, u = _stage_a_tile(
+        loaded, addresses, at, at, None, blend, scalars, key,
+        PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, False,
+    )  # fmt: skip
+    return p_squares + sums_of_runs((p * p).to(tl.float64)), u_squares + sums_of_runs((u * u).to(tl.float64))
+
+
+@triton.jit
 def _stage_b_tile(
     addresses, p_at, g_at, at, mask, blend, ratio, scalars, key,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, COMPENSATED: tl.constexpr,
@@ -451,32 +465,24 @@ def fused_pass(
                             addresses, second, second, second, None,
                             PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, A_WRITES, LAST_USE, SAME_RUNS, False,
                         )  # fmt: skip
-                        p, u = _stage_a_tile(
-                            loaded, addresses, at, at, None, blend, scalar_row, key,
+                        p_squares, u_squares = _add_full_tile(
+                            p_squares, u_squares, loaded, addresses, at, blend, scalar_row, key,
                             PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS,
-                            False,
                         )  # fmt: skip
-                        p_squares += sums_of_runs((p * p).to(tl.float64))
-                        u_squares += sums_of_runs((u * u).to(tl.float64))
-                        p, u = _stage_a_tile(
-                            loaded_second, addresses, second, second, None, blend, scalar_row, key,
+                        p_squares, u_squares = _add_full_tile(
+                            p_squares, u_squares, loaded_second, addresses, second, blend, scalar_row, key,
                             PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS,
-                            False,
                         )  # fmt: skip
-                        p_squares += sums_of_runs((p * p).to(tl.float64))
-                        u_squares += sums_of_runs((u * u).to(tl.float64))
                 for tile in range(paired, full, TILE):
                     at = tile + tl.arange(0, TILE).to(tl.int64)
                     loaded = _load_stage_a(
                         addresses, at, at, at, None,
                         PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, A_WRITES, LAST_USE, SAME_RUNS, False,
                     )  # fmt: skip
-                    p, u = _stage_a_tile(
-                        loaded, addresses, at, at, None, blend, scalar_row, key,
-                        PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS, False,
+                    p_squares, u_squares = _add_full_tile(
+                        p_squares, u_squares, loaded, addresses, at, blend, scalar_row, key,
+                        PARAM_TYPE, GRAD_TYPE, STATE_TYPE, COMPENSATED, UNSCALE, A_WRITES, LAST_USE, SAME_RUNS,
                     )  # fmt: skip
-                    p_squares += sums_of_runs((p * p).to(tl.float64))
-                    u_squares += sums_of_runs((u * u).to(tl.float64))
                 p_square, u_square = _sums_of_both(p_squares, u_squares)
             for piece in range(full, stop, PIECE):
                 at, mask, p_at, g_at = offsets_of_piece(piece, stop, access, dims, row)

@@ -313,11 +313,11 @@ class FusedPass:
         from fused_dals.kernels.prologue import prologue
 
         self.group_table.refresh(groups, groups_version)
-        total, count = inputs.loss.total, inputs.loss.count
+        tables, total, count = self.group_table.tables(), inputs.loss.total, inputs.loss.count
         given: tuple[object, ...] = ()
         if total is not None and count == 1 and inputs.nothing_but_a_loss():
             # Only the loss lies elsewhere from step to step.
-            given = *self.group_table.tables(), inputs.values, self.sync, total.dtype
+            given = *tables, inputs.values, self.sync, total.dtype
             again = self._prologue_again
             if again is not None and again.fits(prologue, given):
                 place = prologue.arg_names.index("loss_sum")
@@ -325,10 +325,7 @@ class FusedPass:
                     return
         scan = self._no_scan if inputs.scan is None else inputs.scan
         arguments = (
-            self.group_table.rows,
-            self.group_table.lrs,
-            self.group_table.addresses,
-            self.group_table.scalars,
+            *tables,
             self._seed,
             inputs.values,
             inputs.values if total is None else total,

@@ -89,6 +89,16 @@ def _store(ptr, at, value, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
+def _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED: tl.constexpr, MASKED: tl.constexpr, POLICY: tl.constexpr):
+    """The parameter as it is stored, and its compensation; itself again where it has none."""
+    p = _load(p_ptr, p_at, mask, MASKED, POLICY)
+    c = p
+    if COMPENSATED:
+        c = _load(c_ptr, at, mask, MASKED, POLICY)
+    return p, c
+
+
+@triton.jit
 def _param(p, c, COMPENSATED: tl.constexpr):
     """The parameter in float32, with the bits that a compensated one keeps beside it."""
     if COMPENSATED:
@@ -172,10 +182,7 @@ def _load_stage_a(
     # Stage B comes back for p and m, and for g and h too where it is the one who writes.
     GRADS_USE: tl.constexpr = LAST_USE if A_WRITES else ""
     p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, SAME_RUNS, MASKED)
-    p = _load(p_ptr, p_at, mask, MASKED, "")
-    c = p
-    if COMPENSATED:
-        c = _load(c_ptr, at, mask, MASKED, "")
+    p, c = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, "")
     g = _load(g_ptr, g_at, mask, MASKED, GRADS_USE)
     h = _load(h_ptr, at, mask, MASKED, GRADS_USE)
     m = p
@@ -236,10 +243,7 @@ def _stage_b_tile(
     momentum = tl.load(scalars + SCALAR_MOMENTUM)
     eta = tl.load(scalars + SCALAR_ETA)
     p_ptr, g_ptr, h_ptr, m_ptr, c_ptr = _pointers(addresses, PARAM_TYPE, GRAD_TYPE, STATE_TYPE, SAME_RUNS, MASKED)
-    p = _load(p_ptr, p_at, mask, MASKED, LAST_USE)
-    c = p
-    if COMPENSATED:
-        c = _load(c_ptr, at, mask, MASKED, LAST_USE)
+    p, c = _load_param(p_ptr, c_ptr, p_at, at, mask, COMPENSATED, MASKED, LAST_USE)
     p = _param(p, c, COMPENSATED)
     m = _load(m_ptr, at, mask, MASKED, LAST_USE).to(tl.float32)
     if not A_WRITES:

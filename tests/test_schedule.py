@@ -119,10 +119,10 @@ def test_every_schedule_that_ends_is_told_of() -> None:
             a.grad, b.grad = torch.ones(2), torch.ones(2)
             optimizer.step(loss=1.0)
     said = [str(warning.message) for warning in seen]
-    assert [
+    assert all(
         f"group {i}: more than total_steps={n} steps" in text
         for (i, n), text in zip(((0, 2), (1, 4)), said, strict=True)
-    ]
+    )
 
 
 def test_the_end_of_the_schedule_is_seen_without_asking_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,14 +323,9 @@ def test_the_window_and_chunk_in_use_follow_from_the_predictions() -> None:
     """The committed predictions are those of the present code, and the defaults follow from them."""
     record = json.loads(RESULTS.read_text())
     scores = [
-        Score(
-            **{
-                **row,
-                "window_per_program": row["window_per_program"]
-                or (0.0 if row["window_per_program"] == 0 else math.inf),
-            }
-        )
+        Score(**{**row, "window_per_program": math.inf if window is None else window})
         for row in record["plans"]
+        for window in (row["window_per_program"],)
     ]
     assert {score.gpu for score in scores} == set(traffic.GPUS)
     assert best_window(scores) == record["best_window_per_program"] == WINDOW_PER_PROGRAM

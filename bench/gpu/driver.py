@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bench.byte_table import Dtypes
+from bench.cache_model import chunk_of
 from bench.compiled import even_blends, hyperparameters
 from fused_dals import fused
 from fused_dals.buckets import Bucket
 from fused_dals.fused import FusedPass, programs_on
 from fused_dals.gather import TensorBatch
-from fused_dals.kernels import layout
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.run_state import RunState, StepInputs
@@ -73,7 +73,7 @@ class PassDriver:
         self.group = group
         device = tensors.params[0].device
         param, grad, state_dtype = tensors.dtypes
-        chunk = plan.chunk or layout.chunk_elements(param.itemsize, grad.itemsize, state_dtype.itemsize)
+        chunk = plan.chunk or chunk_of(tensors.dtypes)
         self.plan = replace(plan, tile=min(plan.tile, chunk))
         self.fused_pass = FusedPass(
             device,

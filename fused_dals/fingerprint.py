@@ -26,9 +26,6 @@ from fused_dals.sharding import local
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 State: TypeAlias = Mapping[Tensor, dict[str, Tensor]]
 
-#: What tensors without memory raise, and foreign entries in state.
-CANNOT_TELL = (RuntimeError, TypeError, NotImplementedError)
-
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 _grad, _dtype, _shape = attrgetter("grad"), attrgetter("dtype"), attrgetter("shape")
@@ -89,7 +86,7 @@ class Fingerprint:
         """The present addresses of the gradients, int64 in the order of the groups; None if anything else changed."""
         try:
             now = Fingerprint(groups, state, self._distributed)
-        except CANNOT_TELL:
+        except Exception:
             return None
         same = (
             self._sizes == now._sizes
@@ -128,7 +125,7 @@ class CompiledFingerprint:
         addresses = torch.empty(self._count, dtype=torch.int64, device="cpu")
         try:
             return addresses if self._walk.matches(self._recording, groups, state, addresses) else None
-        except CANNOT_TELL:
+        except Exception:
             return None
 
 
@@ -162,10 +159,13 @@ def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def take_fingerprint(groups: Groups, state: State, distributed: bool) -> Fingerprint | CompiledFingerprint | None:
-    """The fingerprint, or None where there can be none: a sparse or meta tensor, a foreign entry in the state."""
+    """The fingerprint, or None where there can be none: a sparse, meta or lazy tensor, a foreign entry in the state.
+
+    Whatever these raise, subclasses of tensors what they like: the checks of a step say what is wrong, if anything is.
+    """
     if HOST_WALK.compiled is not None:
-        with suppress(*CANNOT_TELL):
+        with suppress(Exception):
             return CompiledFingerprint(HOST_WALK.compiled, groups, state, distributed)
-    with suppress(*CANNOT_TELL):
+    with suppress(Exception):
         return Fingerprint(groups, state, distributed)
     return None

@@ -85,7 +85,7 @@ def foreach_update(
             torch._foreach_add_(u, p, alpha=weight_decay)
 
     # r <- clamp(gamma ||p|| / ||u||)
-    p_norms, u_norms = yield norms(weights, dtype), norms(u, dtype)  # of the whole tensors, where params are shards
+    p_norms, u_norms = yield _norms_of_both(weights, u)  # of the whole tensors, where params are shards
     r = trust_ratio(p_norms, u_norms, trust_coefficient, trust_clip).to(dtype)
 
     # m <- mu m + u
@@ -123,6 +123,15 @@ def _in_dtype(tensors: TensorList, dtype: torch.dtype) -> TensorList:
     return copies
 
 
+def _norms_of_both(weights: TensorList, u: TensorList) -> tuple[Tensor, Tensor]:
+    """Those of weights and of u, whose dtype is that of the arithmetic."""
+    dtype = u[0].dtype
+    if weights[0].dtype != dtype:  # foreach calls are slow on lists of several dtypes
+        return norms(weights, dtype), norms(u, dtype)
+    of_weights, of_u = norms([*weights, *u], dtype).chunk(2)
+    return of_weights, of_u
+
+
 def norms(tensors: TensorList, dtype: torch.dtype) -> Tensor:
     """L2 norms, shape [n].
 
@@ -136,10 +145,11 @@ def norms(tensors: TensorList, dtype: torch.dtype) -> Tensor:
         in_memory_order(tensor, tensor).split(NORM_PIECE) if tensor.numel() > NORM_PIECE else (tensor,)
         for tensor in tensors
     ]
-    counts = torch.tensor([len(of_tensor) for of_tensor in pieces], device="cpu")
     of_pieces = torch._foreach_norm([piece for of_tensor in pieces for piece in of_tensor], 2, dtype=dtype)
-    squares = torch.stack(of_pieces).double().square()
-    found = torch.segment_reduce(squares, "sum", lengths=counts).sqrt()
+    found = torch.stack(of_pieces).double()
+    if len(of_pieces) > len(tensors):
+        counts = torch.tensor([len(of_tensor) for of_tensor in pieces], device="cpu")
+        found = torch.segment_reduce(found.square(), "sum", lengths=counts).sqrt()
     extreme = torch.nonzero((found == 0) | found.isinf()).flatten().tolist()
     if extreme:  # zero tensors, and those whose squares leave the range of float32
         again = torch._foreach_norm([tensors[i] for i in extreme], 2, dtype=torch.float64)

@@ -26,7 +26,7 @@ from fused_dals.launcher import Launched, Launcher
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.memory_order import is_plain
 from fused_dals.run_state import StepInputs
-from fused_dals.sharding import Shards
+from fused_dals.sharding import Place, Shards
 from fused_dals.stats import TrustRatios
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -200,7 +200,9 @@ class FusedPass:
             for position, grad in zip(batch.positions, batch.grads, strict=True)
         )
         self._grad_addresses = host.integers(address for _, _, address in in_order)
-        rank = {(group_index, position): i for i, (group_index, position, _) in enumerate(in_order)}
+        #: Of all tensors, in the order of the groups.
+        self.places: list[Place] = [(group_index, position) for group_index, position, _ in in_order]
+        rank = {place: i for i, place in enumerate(self.places)}
         places = [
             [rank[member.group_index, position] for member in launch.members for position in member.positions]
             for launch in self.launches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
@@ -68,9 +68,17 @@ class TensorBatch:
         params, grads, owners = (list(compress(some, chosen)) for some in (self.params, self.grads, self.owners))
         return TensorBatch(self.group_index, positions, params, grads, owners, self.split_over, self.absent)
 
+    def emptied(self) -> TensorBatch:
+        """Without what the next step may find replaced, none of which is to be kept alive."""
+        return replace(self, params=[], grads=[])
+
+    def refilled(self) -> TensorBatch:
+        """With the shards and gradients that its parameters have now."""
+        return replace(self, params=list(map(local, self.owners)), grads=[local(p.grad) for p in self.owners])  # type: ignore[arg-type]
+
     def state_of(self, state: Mapping[Tensor, Mapping[str, Tensor]], key: str) -> list[Tensor]:
         """One state tensor of each, as it is stepped; empty where there is none."""
-        return [local(state[owner][key]) for owner in self.owners if key in state[owner]]
+        return [local(entry[key]) for entry in map(state.__getitem__, self.owners) if key in entry]
 
 
 def parameter_label(group: Mapping[str, Any], group_index: int, position: int) -> str:

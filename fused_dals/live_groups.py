@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import is_, itemgetter
+from itertools import compress
+from operator import is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from fused_dals import host
 from fused_dals.host_walk import HOST_WALK
-from fused_dals.hyperparameters import PLAN_KEYS, TABLE_KEYS, check_hyperparameters, check_lr, check_names
+from fused_dals.hyperparameters import COUNTERS, PLAN_KEYS, TABLE_KEYS, check_hyperparameters, check_lr, check_names
 
 _plan_values, _table_values = itemgetter(*PLAN_KEYS), itemgetter(*TABLE_KEYS)
 
+
+_FREE = {"lr", *COUNTERS}
 
 #: In the place of a learning rate that is still to be found sound; None would be one that somebody wrote.
 _UNSOUND = object()
@@ -176,10 +179,10 @@ class _Settled:
 
 
 def _same(group: Mapping[str, Any], seen: _Seen) -> bool:
-    """Whether nothing but the learning rate is new."""
+    """Whether nothing is new but the learning rate and what steps of torch operations write."""
     if tuple(group) != seen.keys or group["lr"] is None:
         return False
-    if sum(map(is_, group.values(), seen.values)) != len(seen.values) - 1:  # all but lr, in whose place there is None
+    if not _FREE.issuperset(compress(seen.keys, map(is_not, group.values(), seen.values))):
         return False
     names = group.get("param_names")
     return names is None or _frozen(names) == seen.names  # they may have changed in place

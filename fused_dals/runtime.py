@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fused_dals.depth_rule import DepthMap
-from fused_dals.fingerprint import CompiledFingerprint, Fingerprint
 from fused_dals.fused import FusedPass
 from fused_dals.gather import group_labels, parameter_names
 from fused_dals.live_groups import LiveGroups
@@ -21,16 +20,7 @@ from fused_dals.reference import raw_blend
 from fused_dals.run_state import RunState
 from fused_dals.sharding import Partitions, Shards
 from fused_dals.stats import TrustRatios
-
-
-@dataclass
-class Steady:
-    """A fused pass that did the whole last step, and what it was prepared for."""
-
-    fused: FusedPass
-    fingerprint: Fingerprint | CompiledFingerprint
-    plans: int  # LiveGroups.plans at that time
-    grads_are_own: bool  # the recorded gradients had memory of their own, as a step that writes them needs
+from fused_dals.steady import Steady
 
 
 @dataclass

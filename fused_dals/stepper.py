@@ -20,12 +20,13 @@ from fused_dals.loss_signal import NO_LOSS_WARNING, StepLoss
 from fused_dals.memory_order import is_plain
 from fused_dals.overlap import find_overlap
 from fused_dals.run_state import StepInputs
-from fused_dals.runtime import Captured, Runtime, Steady
+from fused_dals.runtime import Captured, Runtime
 from fused_dals.scalars import StepScalars
-from fused_dals.scan import any_twice, own_gradients, scan_gradients
+from fused_dals.scan import own_gradients, scan_gradients
 from fused_dals.self_check import serves_by_default
 from fused_dals.sharding import Shards, is_distributed_tensor, like, local, settle_gradients
 from fused_dals.stats import TrustRatios
+from fused_dals.steady import Steady
 
 SCHEDULE_IS_OVER = (
     "group {index}: more than total_steps={end} steps: the built-in schedule is over, and the learning rate stays 0. "
@@ -54,45 +55,40 @@ class Stepper:
         runtime = self.runtime
         runtime.live_groups.check(self.groups)
         steady = self._resume(writes_grads=grad_scale is not None)
-        batches: list[TensorBatch] = []
-        if not steady:
-            settle_gradients(self.groups)
-            if grad_scale is not None:
-                own_gradients(self.groups)
-            batches = gather(self.groups, self.state, runtime.shapes)
-            self._check_memory(batches)
-            runtime.distributed = any(is_distributed_tensor(p) for group in self.groups for p in group["params"])
-            runtime.shards = Shards.of(self.groups, runtime.shards)
-        home = steady.fused.device if steady else self._home(batches)
+        batches = [] if steady else self._gather(writes_grads=grad_scale is not None)
+        home = runtime.state.values.device if steady else self._home(batches)
         losses = [loss for loss in losses if loss is not None]
         capturing = is_capturing(home)
         if capturing:
             check_capturable(self.groups, has_state=bool(self.state))
             check_losses_capturable(losses, runtime.loss.seen_outside_capture)
         fused, others = self._part(batches)
+        if steady:
+            others = [batch.refilled() for batch in steady.batches]
         if capturing:
-            self._check_plan_capturable(fused, others)
+            self._check_plan_capturable(steady, fused, others)
             runtime.captured = Captured(runtime.live_groups.clips, runtime.live_groups.skips, by_kernels=not others)
         else:
             self._warn_after_schedule()
-        read_on = steady.fused.device if steady and not runtime.live_groups.capturable else None
+        read_on = home if steady and steady.alone and not runtime.live_groups.capturable else None
         for loss in losses:
             runtime.loss.observe(loss, read_on=read_on)
         if steady:
-            self._run([steady.fused], [], home, found_inf, grad_scale)
-            runtime.state.calls += not capturing
-            return
-        only_creates_state = self._only_creates_state(batches, home)
-        if not capturing:
-            create_missing_state(self.groups, self.state, flat=self._flat)
-        if only_creates_state:
-            return
-        passes = self._prepare(fused)
-        if runtime.shards is not None:
-            runtime.shards.set_present([place for batch in batches if not batch.absent for place in batch.places])
+            steady.follow_grads()
+            passes = steady.passes
+        else:
+            only_creates_state = self._only_creates_state(batches, home)
+            if not capturing:
+                create_missing_state(self.groups, self.state, flat=self._flat)
+            if only_creates_state:
+                return
+            passes = self._prepare(fused)
+            if runtime.shards is not None:
+                runtime.shards.set_present([place for batch in batches if not batch.absent for place in batch.places])
         self._run(passes, others, home, found_inf, grad_scale)
         runtime.state.calls += not capturing
-        self._remember(passes, others, grads_are_own=grad_scale is not None)
+        if not steady:
+            self._remember(passes, others, grads_are_own=grad_scale is not None)
         if not passes and host.knows(runtime.state.values):
             self.write_counters()
 
@@ -101,6 +97,17 @@ class Stepper:
         numbers = self.runtime.state.numbers()
         for group in self.groups:
             group.update(numbers)
+
+    def _gather(self, writes_grads: bool) -> list[TensorBatch]:
+        """Everything that is to be stepped, checked."""
+        settle_gradients(self.groups)
+        if writes_grads:
+            own_gradients(self.groups)
+        batches = gather(self.groups, self.state, self.runtime.shapes)
+        self._check_memory(batches)
+        self.runtime.distributed = any(is_distributed_tensor(p) for group in self.groups for p in group["params"])
+        self.runtime.shards = Shards.of(self.groups, self.runtime.shards)
+        return batches
 
     def _check_memory(self, batches: Sequence[TensorBatch]) -> None:
         """Raise RuntimeError where parameters share memory: both would be stepped, in an order that nobody chose.
@@ -146,9 +153,12 @@ class Stepper:
         group = self.groups[batch.group_index]
         return [parameter_label(group, batch.group_index, position) for position in batch.positions]
 
-    def _check_plan_capturable(self, fused: Sequence[TensorBatch], others: Sequence[TensorBatch]) -> None:
+    def _check_plan_capturable(
+        self, steady: Steady | None, fused: Sequence[TensorBatch], others: Sequence[TensorBatch]
+    ) -> None:
         """Raise RuntimeError where a step that is being captured would have to prepare something first."""
-        if fused and (others or len(set(map(_device, fused))) > 1):
+        devices = {one.device for one in steady.passes} if steady else set(map(_device, fused))
+        if devices and (others or len(devices) > 1):
             raise RuntimeError(
                 "this step is being captured into a graph, and it spans devices, or kernels and torch operations: "
                 "capture one optimizer per device, with fused=False where the kernels do not serve every parameter"
@@ -225,18 +235,19 @@ class Stepper:
             passes.append(fused)
         return passes
 
-    def _remember(self, passes: Sequence[FusedPass], others: Sequence[TensorBatch], grads_are_own: bool) -> None:
-        """Let the next step go on with the tables of this one, if one fused pass did all of it."""
-        if len(passes) != 1 or others:
+    def _remember(self, passes: list[FusedPass], others: Sequence[TensorBatch], grads_are_own: bool) -> None:
+        """Let the next step go on with the batches and tables of this one, where it can be told what they depend on."""
+        if not (passes or others) or any(batch.absent for batch in others):
             return
-        if passes[0].device.type != "cpu":
+        if any(fused.device.type != "cpu" for fused in passes):
             HOST_WALK.want()
         fingerprint = take_fingerprint(self.groups, self.state, self.runtime.distributed)
         if fingerprint is not None:
-            self.runtime.steady = Steady(passes[0], fingerprint, self.runtime.live_groups.plans, grads_are_own)
+            batches = [batch.emptied() for batch in others]
+            self.runtime.steady = Steady(passes, batches, fingerprint, self.runtime.live_groups.plans, grads_are_own)
 
     def _resume(self, writes_grads: bool) -> Steady | None:
-        """The pass that did the last step, if nothing has changed since but the gradients' addresses."""
+        """What did the last step, if nothing has changed since but the gradients."""
         steady, self.runtime.steady = self.runtime.steady, None
         if steady is None or steady.plans != self.runtime.live_groups.plans:
             return None
@@ -244,14 +255,13 @@ class Stepper:
             return None
         if self.runtime.distributed and not settle_gradients(self.groups):
             return None
-        addresses = steady.fingerprint.follow(self.groups, self.state)
+        fits = steady.still_fits(self.groups, self.state)
         # Expanded gradients do not match, because those that were recorded had memory of their own.
-        if writes_grads and (addresses is None or any_twice(addresses)):
+        if writes_grads and (not fits or steady.any_grad_twice()):
             own_gradients(self.groups)
-            addresses = steady.fingerprint.follow(self.groups, self.state)
-        if addresses is None:
+            fits = steady.still_fits(self.groups, self.state)
+        if not fits:
             return None
-        steady.fused.follow_grads(addresses)
         if steady.fingerprint.is_outdated():
             steady.fingerprint = (
                 take_fingerprint(self.groups, self.state, self.runtime.distributed) or steady.fingerprint

@@ -64,7 +64,8 @@ TILE, NUM_WARPS = 2048, 8
 MOST_IN_B = 8192
 #: Bits of parameter, gradient and state up to which stage A loads two tiles before it works on them: of 16-bit numbers
 #: one is 16 KiB, and a multiprocessor has to have some 50 KiB on their way to keep up with an H200's memory. With a
-#: compensation two take 154 registers; where gradients are written back, or state is float32, they spill.
+#: compensation two take 154 registers, and where gradients are written back they spill: neither is loaded so, whatever
+#: the bits. So do two where state is float32, which is 64 bits.
 BITS_IN_PAIRS = 48
 #: Tile of the scan, which has one tensor to load and no more than 80 registers.
 SCAN_TILE = 4096

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from bench.host import without_launches
 from fused_dals import DALS, self_check, stepper
 from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
+from fused_dals.launcher import Launcher
 from tests.helpers import ConvNet, batch, identical, snapshot, train_step
 
 pytest.importorskip("triton")
@@ -253,7 +256,7 @@ def test_a_learning_rate_of_any_dtype_is_read_live(dtype: torch.dtype, monkeypat
     assert (p < before).all()
 
 
-def test_a_launch_enters_its_device_unless_it_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_entered_unless_it_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current device, whatever device its arguments are on."""
     entered: list[Any] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -263,3 +266,26 @@ def test_a_launch_enters_its_device_unless_it_is_current(monkeypatch: pytest.Mon
         passing.device = torch.device("cuda", index)
         passing._current_device()
     assert entered == [torch.device("cuda", 1)]
+
+
+def test_every_launch_is_made_inside_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[bool] = []
+    inside: list[FusedPass] = []
+
+    @contextmanager
+    def entered(passing: FusedPass) -> Iterator[None]:
+        inside.append(passing)
+        yield
+        inside.pop()
+
+    def launch(*arguments: Any, **constants: Any) -> None:
+        launched.append(bool(inside))
+
+    monkeypatch.setattr(FusedPass, "_current_device", entered)
+    monkeypatch.setattr(Launcher, "launch", launch)
+    p = nn.Parameter(torch.ones(4))
+    optimizer = DALS([("w", p)], fused=True, max_grad_norm=1.0)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step(loss=1.0)
+    assert launched == [True] * 3 * 3, "scan, prologue and pass"

@@ -12,7 +12,7 @@ import torch.distributed.tensor
 from torch import nn
 
 from fused_dals import DALS, DALSAcc, DALSFast
-from tests.helpers import ConvNet, batch, identical, mlp, snapshot, train_step
+from tests.helpers import EVERY_PATH, ConvNet, batch, identical, mlp, snapshot, train_step
 
 NAN, INF = math.nan, math.inf
 
@@ -109,11 +109,14 @@ def test_a_list_changed_in_place_is_checked(seed: int) -> None:
     assert identical(before, snapshot(model, optimizer))
 
 
-def test_a_lazy_module_is_left_until_it_has_a_shape() -> None:
+@pytest.mark.parametrize("path", EVERY_PATH.values(), ids=list(EVERY_PATH))
+def test_a_lazy_module_is_left_until_it_has_a_shape(path: dict[str, Any]) -> None:
     model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
-    optimizer = DALS(model)
-    model[1].weight.grad, model[1].bias.grad = torch.ones(2, 3), torch.ones(2)
-    optimizer.step(loss=1.0)
+    optimizer = DALS(model, **path)
+    for _ in range(2):
+        model[1].weight.grad, model[1].bias.grad = torch.ones(2, 3), torch.ones(2)
+        optimizer.step(loss=1.0)
+    assert model[0].weight not in optimizer.state
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step(loss=1.0)
     assert model[0].weight in optimizer.state

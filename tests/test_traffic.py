@@ -319,14 +319,16 @@ def test_memory_is_slower_than_in_a_copy(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
+def window_of(row: dict[str, Any]) -> float:
+    """JSON has no infinity."""
+    window: float | None = row["window_per_program"]
+    return math.inf if window is None else window
+
+
 def test_the_window_and_chunk_in_use_follow_from_the_predictions() -> None:
     """The committed predictions are those of the present code, and the defaults follow from them."""
     record = json.loads(RESULTS.read_text())
-    scores = [
-        Score(**{**row, "window_per_program": math.inf if window is None else window})
-        for row in record["plans"]
-        for window in (row["window_per_program"],)
-    ]
+    scores = [Score(**{**row, "window_per_program": window_of(row)}) for row in record["plans"]]
     assert {score.gpu for score in scores} == set(traffic.GPUS)
     assert best_window(scores) == record["best_window_per_program"] == WINDOW_PER_PROGRAM
     assert best_chunk(scores) == record["best_chunk_bytes"] == CHUNK_BYTES

@@ -1,0 +1,60 @@
+"""What the last step did, for the next one to do again as long as nothing differs but the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import Tensor
+
+from fused_dals import host
+from fused_dals.fingerprint import CompiledFingerprint, Fingerprint, Groups, State
+from fused_dals.fused import FusedPass
+from fused_dals.gather import TensorBatch
+from fused_dals.scan import any_twice
+
+
+@dataclass
+class Steady:
+    """Passes and batches that did the whole last step, and what they were found fit for."""
+
+    passes: list[FusedPass]
+    batches: list[TensorBatch]  # through torch operations; emptied, for no gradient is kept alive
+    fingerprint: Fingerprint | CompiledFingerprint
+    plans: int  # LiveGroups.plans at that time
+    grads_are_own: bool  # the recorded gradients had memory of their own, as a step that writes them needs
+
+    def __post_init__(self) -> None:
+        self._addresses = host.integers(())
+        self._shares = _shares(self.passes, self.batches)
+
+    @property
+    def alone(self) -> FusedPass | None:
+        """The pass that does everything, where it is one."""
+        return self.passes[0] if len(self.passes) == 1 and not self.batches else None
+
+    def still_fits(self, groups: Groups, state: State) -> bool:
+        """Whether nothing has changed but the gradients' addresses, which it notes."""
+        addresses = self.fingerprint.follow(groups, state)
+        if addresses is not None:
+            self._addresses = addresses
+        return addresses is not None
+
+    def any_grad_twice(self) -> bool:
+        """Whether two of the gradients begin in the same place."""
+        return any_twice(self._addresses)
+
+    def follow_grads(self) -> None:
+        """Point the passes' tables to where the gradients were found."""
+        for fused, share in zip(self.passes, self._shares, strict=True):
+            fused.follow_grads(self._addresses if share is None else self._addresses[share])
+
+
+def _shares(passes: Sequence[FusedPass], batches: Sequence[TensorBatch]) -> list[Tensor | None]:
+    """Which of all gradients are those of each pass; None where all are."""
+    if len(passes) == 1 and not batches:
+        return [None]
+    everywhere = sorted(chain(*(fused.places for fused in passes), *(batch.places for batch in batches)))
+    rank = {place: i for i, place in enumerate(everywhere)}
+    return [host.integers(rank[place] for place in fused.places) for fused in passes]

@@ -70,7 +70,7 @@ class Stepper:
             runtime.captured = Captured(runtime.live_groups.clips, runtime.live_groups.skips, by_kernels=not others)
         else:
             self._warn_after_schedule()
-        read_on = home if steady and steady.alone and not runtime.live_groups.capturable else None
+        read_on = home if steady and not runtime.live_groups.capturable else None
         for loss in losses:
             runtime.loss.observe(loss, read_on=read_on)
         if steady:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS, DALSAcc, DALSFast
-from fused_dals.foreach import dals_foreach_
+from fused_dals.foreach import dals_foreach_, norms
 from fused_dals.reference import dals_reference_
 from tests.helpers import PATHS, PRESETS, ConvNet, batch, identical, mlp, snapshot, train_step
 
@@ -353,6 +353,13 @@ def test_norms_are_neither_rounded_nor_adrift(tensor: Tensor, bound: float, path
     u = 0.3 + 0.7 * 0.7  # b g + (1 - b) h with h = (1 - 0.3) g
     truth = 0.02 * tensor.double().norm().item() / (u * math.sqrt(tensor.numel()))
     assert optimizer.trust_ratios()["p"] == pytest.approx(truth, rel=bound)
+
+
+def test_norms_of_a_large_tensor_among_small_ones(seed: int) -> None:
+    """Two pieces beside three tensors that are one each."""
+    tensors = [torch.randn(n) for n in (3, 40_000, 5, 7)]
+    found = norms(tensors, torch.float32)
+    assert found.tolist() == pytest.approx([t.double().norm().item() for t in tensors], rel=1e-6)
 
 
 def test_one_nan_stays_in_its_tensor(seed: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fused_dals import DALS, stepper
 from fused_dals.gather import gather
+from fused_dals.live_groups import LiveGroups
 from tests.helpers import identical
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,7 +57,8 @@ class Case:
 
     def tensors(self) -> list[Tensor]:
         state = [value for p in self.params for value in self.optimizer.state[p].values()]
-        return [p.detach() for p in self.params] + state + [p.grad for p in self.params if p.grad is not None]
+        grads = [p.grad for p in self.params if p.grad is not None]
+        return [*(p.detach() for p in self.params), *state, *grads, self.optimizer._runtime.state.values]
 
 
 @pytest.mark.parametrize("arguments", TORCH_PATHS.values(), ids=list(TORCH_PATHS))
@@ -209,6 +211,25 @@ def test_neither_gradients_nor_state_are_kept(
     for entry in state:
         entry.clear()
     assert not any(ref() is not None for ref in held)
+
+
+def test_groups_whose_counters_are_written_are_not_checked_again(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    checked: list[int] = []
+    check = LiveGroups._check
+
+    def counting(live: LiveGroups, group: Any, index: int) -> None:
+        checked.append(index)
+        check(live, group, index)
+
+    monkeypatch.setattr(LiveGroups, "_check", counting)
+    case = Case(monkeypatch, seed, fused=False)
+    case.step(2)
+    seen = list(checked)  # twice, the second time with counters
+    case.step(3)
+    assert checked == seen and case.optimizer.param_groups[0]["step"] == 5
+    case.optimizer.param_groups[1]["momentum"] = 0.5
+    case.step()
+    assert checked == [*seen, 1]
 
 
 def test_nothing_is_remembered_where_nobody_can_tell(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

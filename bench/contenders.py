@@ -31,6 +31,8 @@ BASELINE = ADAMW_FOREACH
 
 #: Steps before a capture: torch asks for some on a side stream, and state must exist.
 STEPS_BEFORE_CAPTURE = 3
+#: Ends the name of a contender whose steps are replays.
+GRAPH = ", graph"
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,15 @@ def _trust_ratio(p: Tensor, update: Tensor, trust: float) -> Tensor:
 # -- in a graph ------------------------------------------------------------------------------------------------------
 
 
+def is_graph(contender: str) -> bool:
+    """Whether steps of a contender of this name are replays."""
+    return contender.endswith(GRAPH)
+
+
 def in_graphs(contenders: Mapping[str, Contender], machine: Machine) -> dict[str, Contender]:
     """The same contenders, each of whose steps is the replay of a CUDA graph."""
     return {
-        f"{name}, graph": replace(contender, build=_captured(contender.capturable or contender.build, machine))
+        name + GRAPH: replace(contender, build=_captured(contender.capturable or contender.build, machine))
         for name, contender in contenders.items()
     }
 

@@ -64,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     machine = find_machine()
     shapes = args.shapes or default_shapes(machine)
+    if args.contenders:
+        known = contenders_of(STEP_DTYPES[args.dtypes[0]], 1, machine, CompileBudget(0.0, 0.0))
+        unknown = [name for name in args.contenders if name not in known]
+        if unknown:
+            parser.error(f"--contenders: no {', '.join(map(repr, unknown))}; here are {', '.join(map(repr, known))}")
     lists = [(model, dtypes) for model in (SHAPES if "all" in shapes else shapes) for dtypes in args.dtypes]
     run(machine, lists, args.repeats, args.contenders, args.compile_seconds, args.json)
     return 0

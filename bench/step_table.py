@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bench.contenders import BASELINE
+from bench.contenders import BASELINE, is_graph
 from bench.table import format_table
 from bench.timing import Spread, StepRow, ratios
 
@@ -68,7 +68,7 @@ def step_cells(rows: Sequence[StepRow], copy_bandwidth: float | None) -> tuple[l
         "host us": lambda row: None if row.host_s is None else f"{1e6 * row.host_s.median:.0f}",
         "GB/s": lambda row: None if row.bytes_per_s is None else f"{row.bytes_per_s / 1e9:.1f}",
         "copy": lambda row: _share(row, copy_bandwidth),
-        "extra MiB": lambda row: None if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:.1f}",
+        "extra MiB": _extra_memory,
         "launches": lambda row: None if row.launches is None else str(row.launches),
     }
     found = {name: [cell(row) for row in measured] for name, cell in columns.items()}
@@ -89,6 +89,11 @@ def _share(row: StepRow, copy_bandwidth: float | None) -> str | None:
     if row.bytes_per_s is None or copy_bandwidth is None:
         return None
     return f"{100 * row.bytes_per_s / copy_bandwidth:.0f} %"
+
+
+def _extra_memory(row: StepRow) -> str | None:
+    """Not of graphs, for which older files have the 0 bytes of a replay."""
+    return None if row.peak_extra_bytes is None or is_graph(row.contender) else f"{row.peak_extra_bytes / 2**20:.1f}"
 
 
 def row_from(saved: Mapping[str, Any]) -> StepRow:

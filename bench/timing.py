@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bench.byte_table import Dtypes
-from bench.contenders import Contender, NamedParameter, Step
+from bench.contenders import Contender, NamedParameter, Step, is_graph
 from bench.machine import Machine
 from bench.shapes import NamedShape
 
@@ -232,7 +232,8 @@ def _finish(machine: Machine, sampler: Sampler, row: StepRow, samples: int) -> N
     if machine.queues_work:
         row.host_samples_s = host_sample(machine, sampler.step, samples)
         row.host_s = Spread.of(row.host_samples_s)
-        row.peak_extra_bytes = machine.peak_bytes(sampler.step)
+        if not is_graph(row.contender):  # a replay allocates nothing: its memory was taken at capture
+            row.peak_extra_bytes = machine.peak_bytes(sampler.step)
     _note_device_time(row)
 
 

@@ -249,6 +249,8 @@ def test_columns_that_nobody_has_are_left_out() -> None:
     header, cells = step_cells(rows, 1e9)
     assert header[5:] == ["host us", "GB/s", "copy", "extra MiB", "launches"]
     assert [cells[0][i] for i in (5, 8, 9)] == ["2", "3.0", "7"]
+    rows[0].contender += contenders.GRAPH
+    assert "extra MiB" not in step_cells(rows, 1e9)[0], "a replay's memory was taken at capture"
 
 
 def test_launches_are_counted_after_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,11 +333,13 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_impossible_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for options in (["demo", "--epochs", "81"], ["demo", "--jobs", "0"], ["micro", "--repeats", "0"]):
+    nobody = ["micro", "--contenders", BASELINE, "Nobody"]
+    for options in (["demo", "--epochs", "81"], ["demo", "--jobs", "0"], ["micro", "--repeats", "0"], nobody):
         with pytest.raises(SystemExit) as stop:
             main(options)
         assert stop.value.code == 2
-    assert "--epochs must be from 1 to 80" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--epochs must be from 1 to 80" in said and f"no 'Nobody'; here are '{BASELINE}'" in said
 
 
 def test_a_missing_extra_is_one_clear_line() -> None:

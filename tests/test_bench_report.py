@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from bench import record, report
 from bench.__main__ import main
 from bench.cache_model import plan_in_use
 from bench.contenders import ADAMW, BASELINE, FOREACH, FUSED
-from bench.report.results import DEMO, Results, load
-from bench.report.text import NO_GPU, readme_speed, speed_page, traffic_block
+from bench.report.results import DEMO, CounterFile, Results, load
+from bench.report.text import NO_GPU, has_picture, readme_speed, speed_page, traffic_block
 from bench.step_table import row_from
 from bench.timing import Spread, StepRow
 
@@ -24,13 +24,10 @@ def test_every_text_is_what_the_committed_files_say() -> None:
         assert path.read_text() == text, f"{path.name} is not up to date: run python -m bench report"
 
 
-#: What docs/design.md quotes of variants that are no longer in the code.
-TRIES = "tries-h200.json"
-
-
 def test_every_step_file_has_its_picture() -> None:
     for found in load(report.RESULTS).steps:
-        assert (report.ROOT / "docs" / f"{Path(found.name).stem}.png").stat().st_size > 10_000
+        path = report.ROOT / "docs" / f"{Path(found.name).stem}.png"
+        assert path.stat().st_size > 10_000 if has_picture(found) else not path.exists()
 
 
 def test_all_committed_results_are_read() -> None:
@@ -38,8 +35,9 @@ def test_all_committed_results_are_read() -> None:
     results = load(report.RESULTS)
     names = {step.name for step in results.steps} | {host.name for host in results.hosts}
     names |= {name for name, _ in results.training}
+    names |= {counted.name for counted in results.counters}
     others = {path.name for path in report.RESULTS.glob("*.json")} - names
-    assert results.traffic is not None and results.demo and others == {"traffic.json", DEMO, TRIES}
+    assert results.traffic is not None and results.demo and others == {"traffic.json", DEMO}
     assert all(row.error or row.device_s for found in results.steps for row in found.rows)
 
 
@@ -117,6 +115,38 @@ def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> N
     assert page.count("PREDICTED") == 2
 
 
+def test_predictions_beside_a_measurement_of_another_plan(gpu_results: Results) -> None:
+    """Windows of older files cannot be replayed: the plan in use now is, and the page says so."""
+    (found, _) = gpu_results.steps
+    older = replace(found, plan={"chunk": 8192, "window_share": 0.75})
+    pages = [speed_page(Results(steps=[file])) for file in (found, older)]
+    tables = [[line for line in page.splitlines() if line.startswith("| resnet50 fp32 |")] for page in pages]
+    assert tables[0] == tables[1] != []
+    other = "of the plan in use now, which is another than the measured one"
+    assert "predicts of that plan" in pages[0] and [other in page for page in pages] == [False, True]
+
+
+def test_counters_and_targets_are_tables(gpu_results: Results) -> None:
+    counted = [{"model": "resnet50", "dtypes": "fp32", "bytes_per_parameter": 28.328}]
+    targets = [
+        {"label": f"step {i}", "bound": "<= 1.15", "value": f"1.{i}", "passed": passed}
+        for i, passed in enumerate((True, False, None))
+    ]
+    page = speed_page(
+        Results(
+            steps=[replace(gpu_results.steps[0], targets=targets)],
+            counters=[CounterFile("tries-x.json", GPU, "What was counted.", counted)],
+        )
+    )
+    assert "| resnet50 fp32 | 28.7 to 28.0 | 28.3 |" in page and "What was counted." in page
+    for row in (
+        "| step 0 | <= 1.15 | 1.0 | yes |",
+        "| step 1 | <= 1.15 | 1.1 | NO |",
+        "| step 2 | <= 1.15 | 1.2 | - |",
+    ):
+        assert row in page
+
+
 def test_training_is_a_table() -> None:
     model = {"model": "gpt2", "size": "small", "contender": FUSED}
     spreads = {
@@ -128,8 +158,11 @@ def test_training_is_a_table() -> None:
         {**model, **spreads, "mode": "eager", "peak_bytes": 3 << 20, "parameters": 4_000_000, "error": None},
         {**model, **nothing, "mode": "graph", "error": "RuntimeError: a CPU has no CUDA graphs"},
     ]
-    page = speed_page(Results(training=[("train-x.json", {"environment": GPU, "training_steps": steps})]))
+    saved = {"environment": GPU, "settings": {"peak_of_steps": 2}, "training_steps": steps}
+    page = speed_page(Results(training=[("train-x.json", saved)]))
     assert f"| gpt2 small, 4.0 million parameters | {FUSED} | eager | 200.00 | 10 % | 3 |" in page
+    of_before = speed_page(Results(training=[("train-x.json", {**saved, "settings": {}})]))
+    assert f"{FUSED} | eager | 200.00 | 10 % | - |" in of_before, "the peak of a first step, without state"
     assert f"- gpt2 small, {FUSED}, graph: RuntimeError: a CPU has no CUDA graphs" in page
 
 
@@ -138,15 +171,17 @@ def test_pictures(gpu_results: Results, tmp_path: Path) -> None:
     from bench.report.plots import draw, figure_of
 
     found = gpu_results.steps[0]
-    figure = figure_of(found, gpu_results.hosts)
+    (of_the_cpu,) = gpu_results.hosts
+    of_the_gpu = replace(of_the_cpu, environment=GPU)
+    figure = figure_of(found, [of_the_cpu, of_the_gpu])
     time, bandwidth, host = figure.axes
     assert figure.get_suptitle() == "Some GPU, fp32"
     lines = {line.get_label(): line for line in time.get_lines()}
     assert list(lines) == [FUSED, ADAMW, BASELINE]
     assert list(lines[FUSED].get_ydata()) == pytest.approx([0.5, 5.5])
     assert [label for line in bandwidth.get_lines() if "roofline" in (label := str(line.get_label()))]
-    assert len(host.get_lines()) == len(lines) + len(gpu_results.hosts)
-    assert len(host.get_legend().get_texts()) == len(gpu_results.hosts), "the others are in the figure's legend"
+    assert len(host.get_lines()) == len(lines) + 1, "another device's host times are in its own picture"
+    assert len(host.get_legend().get_texts()) == 1, "the others are in the figure's legend"
     paths = list(draw(gpu_results, tmp_path))
     assert [path.name for path in paths] == ["some-gpu.png", "micro-cpu.png"]
     assert all(path.stat().st_size > 10_000 for path in paths)

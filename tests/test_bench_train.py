@@ -86,6 +86,22 @@ def test_every_optimizer_is_timed(mode: str) -> None:
         )
 
 
+def test_the_peak_is_that_of_a_step_with_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """State comes in the first step, when the activations have gone."""
+    calls: list[str] = []
+
+    class Counting(Recorder):
+        def peak_bytes(self, work):  # type: ignore[no-untyped-def]
+            calls.clear()
+            work()
+            assert calls == ["step", "step"]
+            return 7 << 20
+
+    monkeypatch.setitem(OPTIMIZERS, "counts", lambda model, capturable: lambda loss: calls.append("step"))
+    (row,) = time_training(Counting(), "vit", "tiny", "eager", ["counts"], 2, NO_BUDGET)
+    assert row.error is None and row.peak_bytes == 7 << 20
+
+
 def test_a_whole_step_moves_the_weights_and_all_start_alike() -> None:
     def build(name: str) -> TrainingStep:
         return TrainingStep(TASKS["vit"], "tiny", HostMachine(), name, "eager", NO_BUDGET)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from bench.contenders import ADAMW, ADAMW_FOREACH, COMPILED, FOREACH, FUSED, LOOP, REFERENCE, SGD, SGD_FOREACH
 from bench.figure import RUN_COLORS
 from bench.host import COMPILED_WALK, PLAIN
 from bench.report.results import HostFile, Results, StepFile
-from bench.report.text import picture_of
+from bench.report.text import has_picture, picture_of
 from bench.shapes import MODELS
 from bench.timing import Spread, StepRow
 
@@ -33,7 +34,7 @@ STYLES: dict[str, tuple[str, str]] = {
 
 def draw(results: Results, folder: Path) -> Iterator[Path]:
     """One picture per file of step times, with the host times of all files of those."""
-    for found in results.steps:
+    for found in filter(has_picture, results.steps):
         path = folder / picture_of(found.name)
         figure = figure_of(found, results.hosts)
         figure.savefig(path, dpi=110)
@@ -63,6 +64,7 @@ def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
     size = "elements per tensor" if equal else "elements per tensor, mean"
     bandwidth.set(title="Bandwidth (least bytes over time)", xlabel=size, ylabel="GB/s, median")
     _lines(host, rows, lambda row: row.tensors, lambda row: _median(row.host_s, 1e6))
+    hosts = [file for file in hosts if file.environment["device"] == found.environment["device"]]
     for file in hosts:
         costs = [cost for cost in file.costs if (cost.walk, cost.groups, cost.kind) == (COMPILED_WALK, 1, PLAIN)]
         host.plot(
@@ -72,13 +74,17 @@ def figure_of(found: StepFile, hosts: Sequence[HostFile]) -> Figure:
             ls=":",
             marker="s",
             ms=4,
-            label=f"DALS fused, no launches\n({file.environment['device']})",
+            label="DALS fused, no launches",
         )
     host.set(title="Host time", xlabel="tensors", ylabel="us, median")
     if hosts:
-        host.legend(handles=host.get_lines()[-len(hosts) :], loc="upper left", fontsize="small")
+        host.legend(handles=host.get_lines()[-len(hosts) :], loc="best", fontsize="small")
     for axis in (time, bandwidth, host):
         axis.set(xscale="log", yscale="log")
+        low, high = axis.get_xlim()
+        widen = max(1.0, (10 * low / high) ** 0.5)  # to a decade, which has a power of ten in it
+        axis.set_xlim(low / widen, high * widen)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(color="0.9", lw=0.6)
     shown = {str(line.get_label()): line for axis in (time, bandwidth) for line in axis.get_lines()}
     handles = [shown[contender] for contender in STYLES if contender in shown]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class StepFile:
     rows: list[StepRow]
     plan: dict[str, Any] | None
     beside_compiled: list[StepRow] = field(default_factory=list)  # the fused path beside the compiled reference
+    targets: list[dict[str, Any]] = field(default_factory=list)  # what `bench gpu` was held against
 
     @property
     def copy_bandwidth(self) -> float | None:
@@ -47,6 +48,16 @@ class HostFile:
 
 
 @dataclass(frozen=True)
+class CounterFile:
+    """What the device's counters said of the bytes of the fused pass: rows of model, dtypes, bytes_per_parameter."""
+
+    name: str
+    environment: dict[str, Any]
+    what: str
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything there is, by file name; ``traffic`` is what ``bench traffic`` predicted, ``demo`` what ``bench demo``
     found on the synthetic task.
@@ -54,6 +65,7 @@ class Results:
 
     steps: list[StepFile] = field(default_factory=list)
     hosts: list[HostFile] = field(default_factory=list)
+    counters: list[CounterFile] = field(default_factory=list)
     training: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     traffic: dict[str, Any] | None = None
     demo: list[Run] = field(default_factory=list)
@@ -69,7 +81,10 @@ def load(folder: Path) -> Results:
         if record.get("steps"):
             copies, plan = record["copy_bytes_per_s"]["samples"], record["settings"].get("plan")
             rows, beside = ([row_from(row) for row in record.get(key, ())] for key in ("steps", "compiled"))
-            results.steps.append(StepFile(path.name, record["environment"], copies, rows, plan, beside))
+            targets = record.get("targets", [])
+            results.steps.append(StepFile(path.name, record["environment"], copies, rows, plan, beside, targets))
+        elif record.get("counters"):
+            results.counters.append(CounterFile(path.name, record["environment"], record["what"], record["counters"]))
         elif "training_steps" in record:
             results.training.append((path.name, record))
         elif record.get("predicted"):
@@ -79,7 +94,7 @@ def load(folder: Path) -> Results:
         elif path.name.startswith("host"):
             results.hosts.append(HostFile(path.name, record["environment"], [_cost(row) for row in record["results"]]))
     results.steps.sort(key=lambda found: not found.on_gpu)
-    return Results(results.steps, results.hosts, results.training, traffic, demo)
+    return replace(results, traffic=traffic, demo=demo)
 
 
 def _cost(row: dict[str, Any]) -> HostCost:

@@ -8,10 +8,10 @@ from statistics import median
 from typing import Any
 
 from bench.byte_table import STEP_DTYPES
-from bench.cache_model import PassPlan, bounds, chunk_of, predict, window_chunks
+from bench.cache_model import PassPlan, bounds, chunk_of, plan_in_use, predict, window_chunks
 from bench.contenders import ADAMW, BASELINE, FUSED
 from bench.host import cost_table
-from bench.report.results import Results, StepFile
+from bench.report.results import CounterFile, Results, StepFile
 from bench.shapes import MODELS, SHAPES
 from bench.step_table import notes, step_cells, title
 from bench.table import results_table
@@ -19,6 +19,8 @@ from bench.timing import StepRow, ratios
 from bench.traffic import MOST_CHUNKS, TRIES_ON, USABLE
 
 NO_GPU = "There is no GPU figure yet."
+#: Bytes per second, where bytes alone are asked for: the order of the items depends on it, if little.
+SOME_BANDWIDTH = 4e12
 
 
 # -- README.md -------------------------------------------------------------------------------------------------------
@@ -47,8 +49,9 @@ def readme_speed(results: Results) -> str:
             absent = [name for name in dict.fromkeys(row.contender for row in shown) if not _ran(name, shown)]
             if absent:
                 blocks.append(f"No figures of {', '.join(absent)}: [docs/speed.md](docs/speed.md) says why.")
-    if results.steps:
-        blocks.append(f"![Step time, bandwidth and host time](docs/{picture_of(results.steps[0].name)})")
+    drawn = [found for found in results.steps if has_picture(found)]
+    if drawn:
+        blocks.append(f"![Step time, bandwidth and host time](docs/{picture_of(drawn[0].name)})")
     for host in results.hosts:
         blocks.append(
             "What a fused step costs the host, launches left out (`python -m bench host`), in microseconds. "
@@ -62,6 +65,11 @@ def readme_speed(results: Results) -> str:
 def demo_block(results: Results) -> str:
     """The table that the demonstration prints."""
     return _preformatted(results_table(results.demo, with_published=True))
+
+
+def has_picture(found: StepFile) -> bool:
+    """Whether a file has more than one list of tensors, so that there is something to draw a line through."""
+    return len({row.model for row in found.rows if row.device_s is not None}) > 1
 
 
 def picture_of(name: str) -> str:
@@ -130,7 +138,8 @@ def speed_page(results: Results) -> str:
         blocks.append(NO_GPU)
     for found in results.steps:
         blocks += [f"## {found.name}", described(found.environment) + "."]
-        blocks.append(f"![Step time, bandwidth and host time]({picture_of(found.name)})")
+        if has_picture(found):
+            blocks.append(f"![Step time, bandwidth and host time]({picture_of(found.name)})")
         if found.copy_bandwidth is not None:
             blocks.append(
                 f"Copy bandwidth in the same run, read plus written: {found.copy_bandwidth / 1e9:.1f} GB/s, the best "
@@ -139,9 +148,17 @@ def speed_page(results: Results) -> str:
         blocks += [*_step_tables(found, found.rows), *_step_tables(found, found.beside_compiled)]
         compared = list(_predicted_beside_measured(found))
         if compared:
-            header = ["DALS fused", "bytes per parameter, PREDICTED", "ms at copy speed, PREDICTED", "ms, measured"]
-            blocks += ["What the cache model predicts, beside what was measured:", markdown_table(header, compared)]
+            header = ["DALS fused", "bytes per parameter, PREDICTED", "ms, PREDICTED", "ms, measured"]
+            blocks += [f"What the cache model predicts {_of_which(found.plan)}:", markdown_table(header, compared)]
         blocks.append(_preformatted(notes(found.on_gpu)))
+        if found.targets:
+            blocks += ["What the run was held against:", _targets_table(found)]
+    for counted in results.counters:
+        blocks += [f"## {counted.name}", f"{described(counted.environment)}. {counted.what}"]
+        blocks.append(
+            f"Bytes per parameter by the memory's counters, and what the cache model predicts {_of_which(None)}:"
+        )
+        blocks.append(markdown_table(["DALS fused", "PREDICTED", "measured"], list(_predicted_beside_counted(counted))))
     for name, record in results.training:
         blocks += [f"## {name}", described(record["environment"]) + ".", training_table(record)]
     return "\n\n".join(blocks) + "\n"
@@ -160,34 +177,64 @@ def _step_tables(found: StepFile, all_rows: Sequence[StepRow]) -> Iterator[str]:
 
 
 def _predicted_beside_measured(found: StepFile) -> Iterator[list[str]]:
-    """Steps of the fused path on a GPU, whose cache and size the file tells; of work lists as they are made now."""
-    if not found.on_gpu or found.copy_bandwidth is None or "window_per_program" not in (found.plan or {}):
+    """Steps of the fused path on a GPU, whose cache and size the file tells."""
+    if not found.on_gpu or found.copy_bandwidth is None:
         return
-    used = dict(found.plan or {})
-    l2_bytes, multiple, chunk_bytes = (
-        found.environment["l2_bytes"], used.pop("window_per_program"), used.pop("chunk_bytes"),
-    )  # fmt: skip
-    used.pop("same_runs", None)  # of no account for bytes
-    programs = used.pop("programs_per_sm") * found.environment["multiprocessors"]
+    plan = found.plan if _can_be_replayed(found.plan) else None
     for row in found.rows:
-        if row.contender != FUSED or row.device_s is None:
-            continue
-        dtypes = STEP_DTYPES[row.dtypes]
-        sizes = tuple(math.prod(shape) for _, shape in SHAPES[row.model]())
-        window, chunk = window_chunks(multiple, programs), chunk_of(dtypes, chunk_bytes)
-        plan = PassPlan(sizes, dtypes, window, chunk, programs=programs, bandwidth=found.copy_bandwidth, **used)
-        predicted = predict(plan.coarser(MOST_CHUNKS), *(int(usable * l2_bytes) for usable in USABLE))
-        fastest = bounds(plan)[0] * sum(sizes) / found.copy_bandwidth
-        times = [f"{1e3 * traffic.slowness * fastest:.3f}" for traffic in predicted]
-        moved = [f"{traffic.per_parameter:.1f}" for traffic in predicted]
-        measured = f"{1e3 * row.device_s.median:.3f}"
-        yield [f"{row.model} {row.dtypes}", " to ".join(moved), " to ".join(times), measured]
+        if row.contender == FUSED and row.device_s is not None:
+            moved, times = _prediction(row.model, row.dtypes, found.environment, found.copy_bandwidth, plan)
+            yield [f"{row.model} {row.dtypes}", moved, times, f"{1e3 * row.device_s.median:.3f}"]
+
+
+def _predicted_beside_counted(counted: CounterFile) -> Iterator[list[str]]:
+    for row in counted.rows:
+        moved, _ = _prediction(row["model"], row["dtypes"], counted.environment, SOME_BANDWIDTH, None)
+        yield [f"{row['model']} {row['dtypes']}", moved, f"{row['bytes_per_parameter']:.1f}"]
+
+
+def _can_be_replayed(plan: dict[str, Any] | None) -> bool:
+    """Whether work lists are still made as this plan wants them; the windows of older files were counted otherwise."""
+    return "window_per_program" in (plan or {})
+
+
+def _of_which(plan: dict[str, Any] | None) -> str:
+    share = " to ".join(f"{100 * usable:.0f}" for usable in USABLE)
+    of = "of that plan" if _can_be_replayed(plan) else "of the plan in use now, which is another than the measured one"
+    return f"{of}, with {share} % of the L2 cache"
+
+
+def _prediction(
+    model: str, dtypes_name: str, gpu: dict[str, Any], bandwidth: float, plan: dict[str, Any] | None
+) -> tuple[str, str]:
+    """Bytes per parameter and milliseconds of the fused pass, for either usable share of the cache."""
+    used = dict(plan or plan_in_use())
+    multiple, chunk_bytes = used.pop("window_per_program"), used.pop("chunk_bytes")
+    used.pop("same_runs", None)  # of no account for bytes
+    programs = used.pop("programs_per_sm") * gpu["multiprocessors"]
+    dtypes = STEP_DTYPES[dtypes_name]
+    sizes = tuple(math.prod(shape) for _, shape in SHAPES[model]())
+    window, chunk = window_chunks(multiple, programs), chunk_of(dtypes, chunk_bytes)
+    replayed = PassPlan(sizes, dtypes, window, chunk, programs=programs, bandwidth=bandwidth, **used)
+    predicted = predict(replayed.coarser(MOST_CHUNKS), *(int(usable * gpu["l2_bytes"]) for usable in USABLE))
+    fastest = bounds(replayed)[0] * sum(sizes) / bandwidth
+    times = [f"{1e3 * traffic.slowness * fastest:.3f}" for traffic in predicted]
+    return " to ".join(f"{traffic.per_parameter:.1f}" for traffic in predicted), " to ".join(times)
+
+
+def _targets_table(found: StepFile) -> str:
+    rows = [
+        [target["label"], target["bound"], target["value"], {True: "yes", False: "NO"}.get(target["passed"], "-")]
+        for target in found.targets
+    ]
+    return markdown_table(["", "bound", "value", "holds"], rows)
 
 
 def training_table(record: dict[str, Any]) -> str:
     """Whole training steps and the optimizer's share of them."""
     rows = []
     failures = []
+    has_state = record["settings"].get("peak_of_steps", 1) > 1  # the peak of a first step leaves it out
     for row in record["training_steps"]:
         parameters = f", {row['parameters'] / 1e6:.1f} million parameters" if row["parameters"] else ""
         label = [f"{row['model']} {row['size']}{parameters}", row["contender"], row["mode"]]
@@ -196,7 +243,8 @@ def training_table(record: dict[str, Any]) -> str:
             continue
         step, optimizer = row["step_s"]["median"], row["optimizer_s"]
         share = "-" if optimizer is None else f"{100 * optimizer['median'] / step:.0f} %"
-        memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+        known = row["peak_bytes"] is not None and has_state
+        memory = f"{row['peak_bytes'] / 2**20:.0f}" if known else "-"
         rows.append([*label, f"{1e3 * step:.2f}", share, memory])
     header = ["model", "optimizer", "mode", "step ms", "optimizer's share", "peak MiB"]
     return "\n".join([markdown_table(header, rows), "", *failures]).rstrip()

@@ -14,7 +14,7 @@ from bench.find import find_machine
 from bench.options import HelpFormatter, add_timing_options, check_timing_options
 from bench.table import format_table
 from bench.train.models import TASKS
-from bench.train.steps import MODES, OPTIMIZERS, SEED, TrainRow, time_training
+from bench.train.steps import MODES, OPTIMIZERS, PEAK_OF_STEPS, SEED, TrainRow, time_training
 
 NOTES = """\
 step: forward, backward and optimizer, device time; all models of a mode take turns. optimizer: its step alone along the
@@ -65,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                         args.json,
                         {
                             "environment": described,
-                            "settings": {"repeats": args.repeats, "size": size, "seed": SEED},
+                            "settings": {
+                                "repeats": args.repeats,
+                                "size": size,
+                                "seed": SEED,
+                                "peak_of_steps": PEAK_OF_STEPS,
+                            },
                             "training_steps": [asdict(row) for row in rows],
                         },
                     )

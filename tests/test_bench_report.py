@@ -103,6 +103,16 @@ def test_a_gpu_comes_first_and_ends_the_excuse(gpu_results: Results, tmp_path: P
     assert "| peer |" not in text and "No figures of peer: [docs/speed.md](docs/speed.md) says why." in text
 
 
+def test_a_later_file_shows_whom_an_earlier_one_has_not(gpu_results: Results) -> None:
+    first = gpu_results.steps[0]
+    rows = [row("resnet50", name, 3.0) for name in (ADAMW, FUSED, FOREACH)]
+    later = replace(first, name="later.json", rows=rows)
+    blocks = readme_speed(Results(steps=[first, later])).split("\n\n")
+    of_later = blocks[1 + next(i for i, block in enumerate(blocks) if "later.json" in block)]
+    assert [line.split("|")[1].strip() for line in of_later.splitlines()[2:]] == [ADAMW, FOREACH]
+    assert "later.json" not in readme_speed(Results(steps=[first, replace(later, rows=rows[:2])]))
+
+
 def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> None:
     page = speed_page(gpu_results)
     assert "- peer: ModuleNotFoundError: No module named 'x': pip install x" in page

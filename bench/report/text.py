@@ -29,14 +29,20 @@ SOME_BANDWIDTH = 4e12
 def readme_speed(results: Results) -> str:
     """Medians, contenders by models, one table per file and dtypes; and what a step costs the host.
 
-    Of a device's later files, what an earlier one has not shown.
+    Of a device's later files, whom an earlier one has not shown, and the baseline.
     """
     blocks = [] if any(found.on_gpu for found in results.steps) else [NO_GPU]
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     for found in results.steps:
         device, baseline = found.environment["device"], ADAMW if found.on_gpu else BASELINE
-        new = [row for row in found.rows if (device, row.model, row.dtypes) not in seen]
-        seen |= {(device, row.model, row.dtypes) for row in new}
+        keys = [(device, row.model, row.dtypes, row.contender) for row in found.rows]
+        others = {key[:3] for key in keys if key not in seen}
+        new = [
+            row
+            for row, key in zip(found.rows, keys, strict=True)
+            if key not in seen or (row.contender == baseline and key[:3] in others)
+        ]
+        seen |= set(keys)
         for dtypes in dict.fromkeys(row.dtypes for row in new):
             rows = [row for row in new if row.dtypes == dtypes]
             blocks.append(

@@ -137,6 +137,8 @@ class DepthMap:
     Nothing is kept per tensor: wrappers replace parameters after an optimizer is built, names and positions stay.
     """
 
+    version = 0  # goes up when something new was learned
+
     def __init__(self, rule: DepthRule, where: str, names: Sequence[str] = ()) -> None:
         """``rule`` serves groups without one of their own; ``names`` are those of the full model, where known."""
         self.rule = check_rule(rule, where)
@@ -164,6 +166,7 @@ class DepthMap:
         if any(name not in self._auto for name in names):
             self._groups_of_names.append(names)
             self._auto = depths_from_names(self._groups_of_names)
+            self.version += 1
 
     def learn_rule(self, rule: DepthRule, group_index: int, labelled: Iterable[tuple[str, Tensor]], where: str) -> None:
         """Keep what a dict or a callable says of a group's (label, parameter) pairs.
@@ -188,7 +191,7 @@ class DepthMap:
             }
         else:
             return
-        self._explicit |= found
+        self._learn(found)
 
     def goes_by_name(self, group_index: int, name: str, rule: DepthRule) -> bool:
         """Whether the depth under ``rule`` is that of any other parameter with this name; numbers are no rule here."""
@@ -198,11 +201,19 @@ class DepthMap:
 
     def relabel(self, group_index: int, before: Iterable[str], after: Iterable[str]) -> None:
         """Keep what was said of a group's parameters when a checkpoint gave them names."""
-        self._explicit |= {
-            (group_index, new): self._explicit[group_index, old]
-            for old, new in zip(before, after, strict=True)
-            if (group_index, old) in self._explicit
-        }
+        known = self._explicit
+        self._learn(
+            {
+                (group_index, new): known[group_index, old]
+                for old, new in zip(before, after, strict=True)
+                if (group_index, old) in known
+            }
+        )
+
+    def _learn(self, explicit: dict[tuple[int, str], float]) -> None:
+        now = self._explicit | explicit
+        self.version += now != self._explicit
+        self._explicit = now
 
     def ranks_positions(self, group_index: int, labels: Iterable[str], fixed: float | None) -> bool:
         """Whether some parameter of an unnamed group gets its depth from its place in the group alone."""

@@ -267,12 +267,11 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool d
       grads.push_back(shards == nullptr ? nullptr : tensor_of(shards));
       if (grads.back() == nullptr) return false;
     }
-    // A gradient has its parameter's shape, and state is looked at in memory.
     return see_layout(sink, param) && see_all(sink, param->sizes()) && see_address(sink, param) &&
            sink.see(grad.defined());
   };
   const auto see_grad = [&](const c10::TensorImpl* grad) {
-    if (!see_layout(sink, grad) || at == addresses.room) return false;
+    if (!see_layout(sink, grad) || !see_all(sink, grad->sizes()) || at == addresses.room) return false;
     if (grad->storage().data() == nullptr && grad->numel() != 0) return false;
     const int64_t address = as_number(address_of(sink, grad));
     if (address == 0 && grad->numel() != 0) return false;  // a lazy clone, whose memory Python is to make
@@ -288,7 +287,7 @@ template <class Sink>
 bool see_state(Sink& sink, PyObject* const* begin, PyObject* const* end) {
   const auto see = [&](PyObject* object) {
     const c10::TensorImpl* tensor = tensor_of(object);
-    return tensor != nullptr && see_layout(sink, tensor) && see_address(sink, tensor);
+    return tensor != nullptr && see_layout(sink, tensor) && see_all(sink, tensor->sizes()) && see_address(sink, tensor);
   };
   return for_each_ahead(begin, end, see, touch_object, touch_tensor_of, touch_memory_of);
 }

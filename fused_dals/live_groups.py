@@ -103,6 +103,8 @@ class LiveGroups:
             for index, (group, seen) in enumerate(zip(groups, self.seen, strict=True)):
                 if not _same(group, seen):
                     self._check(group, index)
+                elif HOST_WALK.compiled is not None:
+                    seen.values = _values(group)  # the walk compares all of them
             self._settled = None if HOST_WALK.compiled is None else _Settled(HOST_WALK.compiled, self.seen)
         if same != UNTOUCHED or self._on_host or not self._lrs_are_sound or was_cut_short:
             self._check_lrs(groups)
@@ -132,10 +134,7 @@ class LiveGroups:
             check_hyperparameters(group, where)
             self.tables += 1
             self.plans += not same_plan
-        # The list of parameters is the fingerprint's business, and that of names is compared.
-        as_they_are = ("params", "param_names")
-        values = (None if k == "lr" else v if k in as_they_are else _frozen(v) for k, v in group.items())
-        self.seen[index] = _Seen(tuple(group), tuple(values), plan, tuple(map(_frozen, table)), names)
+        self.seen[index] = _Seen(tuple(group), _values(group), plan, tuple(map(_frozen, table)), names)
 
     def _check_lrs(self, groups: Sequence[Mapping[str, Any]]) -> None:
         walk = HOST_WALK.compiled
@@ -176,6 +175,13 @@ class _Settled:
         """CHANGED also where it cannot tell, as for names that are equal and other objects."""
         found: int = self._walk.same_groups(groups, self._known, self._versions)
         return found
+
+
+def _values(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a group's values are compared with, None in the place of lr."""
+    # The list of parameters is the fingerprint's business, and that of names is compared.
+    as_they_are = ("params", "param_names")
+    return tuple(None if k == "lr" else v if k in as_they_are else _frozen(v) for k, v in group.items())
 
 
 def _same(group: Mapping[str, Any], seen: _Seen) -> bool:

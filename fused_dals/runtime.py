@@ -59,6 +59,11 @@ class Runtime:
         # Tables of addresses are of no use to a copy: it builds its own at its first step.
         return {**self.__dict__, "fused": {}, "steady": None, "captured": None, "memory": [], "shards": None}
 
+    @property
+    def plans(self) -> tuple[int, int]:
+        """Equal as long as neither groups nor depths changed what plans depend on, but for the tensors themselves."""
+        return self.live_groups.plans, self.depths.version
+
     def depths_of(self, groups: Sequence[Mapping[str, Any]], index: int) -> list[float]:
         """Depth of every parameter of a group."""
         group = groups[index]

@@ -17,17 +17,25 @@ from fused_dals.scan import any_twice
 
 @dataclass
 class Steady:
-    """Passes and batches that did the whole last step, and what they were found fit for."""
+    """Passes and batches that did the whole last step, and what they were found fit for.
+
+    Between them they have every parameter that has a gradient, and no other.
+    """
 
     passes: list[FusedPass]
     batches: list[TensorBatch]  # through torch operations; emptied, for no gradient is kept alive
     fingerprint: Fingerprint | CompiledFingerprint
-    plans: int  # LiveGroups.plans at that time
+    plans: tuple[int, int]  # Runtime.plans at that time
     grads_are_own: bool  # the recorded gradients had memory of their own, as a step that writes them needs
 
     def __post_init__(self) -> None:
         self._addresses = host.integers(())
         self._shares = _shares(self.passes, self.batches)
+
+    @property
+    def alone(self) -> FusedPass | None:
+        """The pass that does everything, where it is one."""
+        return self.passes[0] if len(self.passes) == 1 and not self.batches else None
 
     def still_fits(self, groups: Groups, state: State) -> bool:
         """Whether nothing has changed but the gradients' addresses, which it notes."""

@@ -56,6 +56,7 @@ class Stepper:
         runtime.live_groups.check(self.groups)
         steady = self._resume(writes_grads=grad_scale is not None)
         batches = [] if steady else self._gather(writes_grads=grad_scale is not None)
+        # Nothing else moves the run state to another device than the step that did it last.
         home = runtime.state.values.device if steady else self._home(batches)
         losses = [loss for loss in losses if loss is not None]
         capturing = is_capturing(home)
@@ -70,7 +71,8 @@ class Stepper:
             runtime.captured = Captured(runtime.live_groups.clips, runtime.live_groups.skips, by_kernels=not others)
         else:
             self._warn_after_schedule()
-        read_on = home if steady and not runtime.live_groups.capturable else None
+        read_in_place = steady and steady.alone and len(losses) == 1 and not runtime.live_groups.capturable
+        read_on = home if read_in_place else None
         for loss in losses:
             runtime.loss.observe(loss, read_on=read_on)
         if steady:
@@ -239,17 +241,18 @@ class Stepper:
         """Let the next step go on with the batches and tables of this one, where it can be told what they depend on."""
         if not (passes or others) or any(batch.absent for batch in others):
             return
-        if any(fused.device.type != "cpu" for fused in passes):
+        devices = [*(fused.device for fused in passes), *map(_device, others)]
+        if any(device.type != "cpu" for device in devices):
             HOST_WALK.want()
         fingerprint = take_fingerprint(self.groups, self.state, self.runtime.distributed)
         if fingerprint is not None:
             batches = [batch.emptied() for batch in others]
-            self.runtime.steady = Steady(passes, batches, fingerprint, self.runtime.live_groups.plans, grads_are_own)
+            self.runtime.steady = Steady(passes, batches, fingerprint, self.runtime.plans, grads_are_own)
 
     def _resume(self, writes_grads: bool) -> Steady | None:
         """What did the last step, if nothing has changed since but the gradients."""
         steady, self.runtime.steady = self.runtime.steady, None
-        if steady is None or steady.plans != self.runtime.live_groups.plans:
+        if steady is None or steady.plans != self.runtime.plans:
             return None
         if writes_grads and not steady.grads_are_own:
             return None

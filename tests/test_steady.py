@@ -17,6 +17,9 @@ from tests.helpers import identical
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(3, 4), (5,), (), (0,), (2, 3), (4,)]
+#: A process that trains through torch operations on a CPU has no compiled walk.
+pytestmark = pytest.mark.usefixtures("either_walk")
+
 TORCH_PATHS = {"reference": {"fused": False, "foreach": False}, "foreach": {"fused": False, "foreach": True}}
 STEPS = 5
 
@@ -211,6 +214,59 @@ def test_neither_gradients_nor_state_are_kept(
     for entry in state:
         entry.clear()
     assert not any(ref() is not None for ref in held)
+
+
+def test_depths_that_shift_are_noticed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Names of a group that came and went: those that were there have other ranks among all that are known."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(stepper, "serves_by_default", lambda param: True)
+    results = []
+    for anew in (False, True):
+        case = Case(monkeypatch, seed)
+        case.optimizer = DALS([(f"{i}.w", p) for i, p in enumerate(case.params)])
+        case.step(3, anew=anew)
+        before = case.optimizer.depths()
+        case.optimizer.add_param_group({"params": [("late.w", nn.Parameter(torch.ones(2, device=DEVICE)))]})
+        case.optimizer.param_groups.pop()
+        assert case.optimizer.depths() != before
+        case.step(3, anew=anew)
+        results.append(case.tensors())
+    assert identical(*results)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_of_a_refused_step_is_kept_as_it_was(fused: bool, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """The user's memory moves on."""
+    if fused:
+        pytest.importorskip("triton")
+    p = nn.Parameter(torch.ones(3, device=DEVICE))
+    p.grad = torch.ones_like(p)
+    optimizer = DALS([("w", p)], fused=fused)
+    for _ in range(3):
+        optimizer.step(loss=torch.ones((), device=DEVICE))
+    buffer = torch.tensor(1.0, device=DEVICE)
+    with pytest.raises(ValueError, match="loss must be a scalar"):
+        optimizer.step(lambda: buffer, loss=torch.ones(2, device=DEVICE))
+    buffer.fill_(1e6)
+    optimizer.step(loss=1.0)
+    assert optimizer.state_dict()["param_groups"][0]["loss_ema"] == 1.0
+
+
+def test_counters_leave_the_groups_settled(either_walk: str, seed: int) -> None:
+    """state_dict() writes them, with kernels too; the steps after it go on comparing versions."""
+    pytest.importorskip("triton")
+    p = nn.Parameter(torch.ones(3, device=DEVICE))
+    p.grad = torch.ones_like(p)
+    optimizer = DALS([("w", p)], fused=True)
+    for _ in range(3):
+        optimizer.step(loss=1.0)
+        optimizer.state_dict()
+    optimizer.step(loss=1.0)
+    settled = optimizer._runtime.live_groups._settled
+    for _ in range(3):
+        optimizer.step(loss=1.0)
+    assert optimizer._runtime.live_groups._settled is settled
+    assert (settled is None) == (either_walk == "walk in Python")
 
 
 def test_groups_whose_counters_are_written_are_not_checked_again(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

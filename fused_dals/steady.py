@@ -48,10 +48,15 @@ class Steady:
         """Whether two of the gradients begin in the same place."""
         return any_twice(self._addresses)
 
-    def follow_grads(self) -> None:
-        """Point the passes' tables to where the gradients were found."""
+    def passes_of_now(self) -> list[FusedPass]:
+        """The passes, their tables pointed to where the gradients were found."""
         for fused, share in zip(self.passes, self._shares, strict=True):
             fused.follow_grads(self._addresses if share is None else self._addresses[share])
+        return self.passes
+
+    def batches_of_now(self) -> list[TensorBatch]:
+        """The batches with the tensors that their parameters have now."""
+        return [batch.refilled() for batch in self.batches]
 
 
 def _shares(passes: Sequence[FusedPass], batches: Sequence[TensorBatch]) -> list[Tensor | None]:

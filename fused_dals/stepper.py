@@ -63,9 +63,11 @@ class Stepper:
         if capturing:
             check_capturable(self.groups, has_state=bool(self.state))
             check_losses_capturable(losses, runtime.loss.seen_outside_capture)
-        fused, others = self._part(batches)
+        fused: list[TensorBatch] = []
         if steady:
-            others = [batch.refilled() for batch in steady.batches]
+            others = steady.batches_of_now()
+        else:
+            fused, others = self._part(batches)
         if capturing:
             self._check_plan_capturable(steady, fused, others)
             runtime.captured = Captured(runtime.live_groups.clips, runtime.live_groups.skips, by_kernels=not others)
@@ -75,18 +77,9 @@ class Stepper:
         read_on = home if read_in_place else None
         for loss in losses:
             runtime.loss.observe(loss, read_on=read_on)
-        if steady:
-            steady.follow_grads()
-            passes = steady.passes
-        else:
-            only_creates_state = self._only_creates_state(batches, home)
-            if not capturing:
-                create_missing_state(self.groups, self.state, flat=self._flat)
-            if only_creates_state:
-                return
-            passes = self._prepare(fused)
-            if runtime.shards is not None:
-                runtime.shards.set_present([place for batch in batches if not batch.absent for place in batch.places])
+        passes = steady.passes_of_now() if steady else self._prepare(batches, fused, home)
+        if passes is None:
+            return
         self._run(passes, others, home, found_inf, grad_scale)
         runtime.state.calls += not capturing
         if not steady:
@@ -226,7 +219,21 @@ class Stepper:
 
     # -- the fused path -------------------------------------------------------------------------------------------
 
-    def _prepare(self, batches: Sequence[TensorBatch]) -> list[FusedPass]:
+    def _prepare(
+        self, batches: Sequence[TensorBatch], fused: Sequence[TensorBatch], home: torch.device
+    ) -> list[FusedPass] | None:
+        """State for all batches, and the passes that serve ``fused``; None where the call is to create state alone."""
+        only_creates_state = self._only_creates_state(batches, home)
+        if not is_capturing(home):
+            create_missing_state(self.groups, self.state, flat=self._flat)
+        if only_creates_state:
+            return None
+        if self.runtime.shards is not None:
+            present = [place for batch in batches if not batch.absent for place in batch.places]
+            self.runtime.shards.set_present(present)
+        return self._prepare_passes(fused)
+
+    def _prepare_passes(self, batches: Sequence[TensorBatch]) -> list[FusedPass]:
         """The passes that serve these batches, device by device, with their tables written."""
         passes = []
         blends = [self.runtime.raw_blends(self.groups, index) for index in range(len(self.groups))] if batches else []

@@ -71,6 +71,7 @@ class Fingerprint:
             _addresses(params),
             _addresses(state_tensors),
             [address % WIDE_BYTES for address in self._grad_addresses],
+            *(list(map(Tensor.is_neg, tensors)) for tensors in (params, state_tensors)),
             *(list(map(_shape, tensors)) for tensors in (params, grads, state_tensors)),
             *(list(map(_dtype, tensors)) for tensors in (params, grads, state_tensors)),
             *(_layouts(tensors) for tensors in (params, grads, state_tensors)),

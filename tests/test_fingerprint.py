@@ -348,6 +348,19 @@ def test_what_a_plan_does_not_survive(change: Callable[[Case], None], others: in
         assert known.follow(case.groups, case.state) is None
 
 
+@pytest.mark.parametrize("of_state", [False, True], ids=["parameter", "state"])
+def test_memory_that_is_negated_where_it_lies(of_state: bool, either_walk: str, seed: int) -> None:
+    """Without the tensor of no elements that a case has, whose address makes Python look twice at all others."""
+    case = Case()
+    case.groups = [{"params": case.params[:2]}]
+    case.state = {p: case.state[p] for p in case.params[:2]}
+    known = print_of(case, either_walk)
+    assert known.follow(case.groups, case.state) is not None
+    changed = case.state[case.params[0]]["grad_ema"] if of_state else case.params[0]
+    changed.data = torch._neg_view(changed.data)
+    assert known.follow(case.groups, case.state) is None
+
+
 @needs_walk
 @FEW_OR_MANY
 def test_a_gradient_that_shares_its_memory_is_left_to_python(others: int, seed: int) -> None:

@@ -127,7 +127,7 @@ def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> N
 
 def test_predictions_beside_a_measurement_of_another_plan(gpu_results: Results) -> None:
     """Windows of older files cannot be replayed: the plan in use now is, and the page says so."""
-    (found, _) = gpu_results.steps
+    found = gpu_results.steps[0]
     older = replace(found, plan={"chunk": 8192, "window_share": 0.75})
     pages = [speed_page(Results(steps=[file])) for file in (found, older)]
     tables = [[line for line in page.splitlines() if line.startswith("| resnet50 fp32 |")] for page in pages]

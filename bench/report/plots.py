@@ -33,7 +33,7 @@ STYLES: dict[str, tuple[str, str]] = {
 
 
 def draw(results: Results, folder: Path) -> Iterator[Path]:
-    """One picture per file of step times, with the host times of all files of those."""
+    """A picture for each file of step times of several lists, with the host times of its device."""
     for found in filter(has_picture, results.steps):
         path = folder / picture_of(found.name)
         figure = figure_of(found, results.hosts)

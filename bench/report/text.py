@@ -42,7 +42,7 @@ def readme_speed(results: Results) -> str:
             for row, key in zip(found.rows, keys, strict=True)
             if key not in seen or (row.contender == baseline and key[:3] in others)
         ]
-        seen |= set(keys)
+        seen |= {key for row, key in zip(found.rows, keys, strict=True) if row.device_s is not None}
         for dtypes in dict.fromkeys(row.dtypes for row in new):
             rows = [row for row in new if row.dtypes == dtypes]
             blocks.append(
@@ -240,7 +240,7 @@ def training_table(record: dict[str, Any]) -> str:
     """Whole training steps and the optimizer's share of them."""
     rows = []
     failures = []
-    has_state = record["settings"].get("peak_of_steps", 1) > 1  # the peak of a first step leaves it out
+    has_state = record["settings"].get("peak_of_steps", 1) > 1  # the peak of a first eager step leaves it out
     for row in record["training_steps"]:
         parameters = f", {row['parameters'] / 1e6:.1f} million parameters" if row["parameters"] else ""
         label = [f"{row['model']} {row['size']}{parameters}", row["contender"], row["mode"]]

@@ -142,8 +142,7 @@ bool see_all(Sink& sink, c10::IntArrayRef numbers) {
 constexpr c10::DispatchKeySet NOT_PLAIN({c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
                                          c10::DispatchKey::ZeroTensor});
 
-// Dtype, device, number of dimensions and of elements, and sizes and strides of what is not contiguous; false for what
-// only Python understands.
+// Dtype, device, sizes, and strides of what is not contiguous; false for what only Python understands.
 template <class Sink>
 bool see_layout(Sink& sink, const c10::TensorImpl* tensor) {
   if (tensor->key_set().has_any(NOT_PLAIN) || tensor->layout() != c10::kStrided) return false;
@@ -153,8 +152,7 @@ bool see_layout(Sink& sink, const c10::TensorImpl* tensor) {
                        static_cast<int64_t>(device.type()) << 8 |
                        static_cast<int64_t>(static_cast<uint8_t>(device.index())) << 16 |
                        static_cast<int64_t>(contiguous) << 24 | tensor->dim() << 32;
-  if (!sink.see(kind) || !sink.see(tensor->numel())) return false;
-  return contiguous || (see_all(sink, tensor->sizes()) && see_all(sink, tensor->strides()));
+  return sink.see(kind) && see_all(sink, tensor->sizes()) && (contiguous || see_all(sink, tensor->strides()));
 }
 
 template <class Sink>
@@ -267,11 +265,11 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool d
       grads.push_back(shards == nullptr ? nullptr : tensor_of(shards));
       if (grads.back() == nullptr) return false;
     }
-    return see_layout(sink, param) && see_all(sink, param->sizes()) && see_address(sink, param) &&
+    return see_layout(sink, param) && see_address(sink, param) &&
            sink.see(grad.defined());
   };
   const auto see_grad = [&](const c10::TensorImpl* grad) {
-    if (!see_layout(sink, grad) || !see_all(sink, grad->sizes()) || at == addresses.room) return false;
+    if (!see_layout(sink, grad) || at == addresses.room) return false;
     if (grad->storage().data() == nullptr && grad->numel() != 0) return false;
     const int64_t address = as_number(address_of(sink, grad));
     if (address == 0 && grad->numel() != 0) return false;  // a lazy clone, whose memory Python is to make
@@ -287,7 +285,7 @@ template <class Sink>
 bool see_state(Sink& sink, PyObject* const* begin, PyObject* const* end) {
   const auto see = [&](PyObject* object) {
     const c10::TensorImpl* tensor = tensor_of(object);
-    return tensor != nullptr && see_layout(sink, tensor) && see_all(sink, tensor->sizes()) && see_address(sink, tensor);
+    return tensor != nullptr && see_layout(sink, tensor) && see_address(sink, tensor);
   };
   return for_each_ahead(begin, end, see, touch_object, touch_tensor_of, touch_memory_of);
 }

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from fused_dals.reference import dals_reference_
 #: What torch.compile takes at least, as the whole list is one graph: on one core tracing alone takes 3 s for 20
 #: tensors, 6.5 for 40 and 15 for 80, and generating code comes on top.
 SECONDS_PER_TENSOR = 0.4
+#: What a step may take that was compiled before.
+SECONDS_OF_A_HIT = 10.0
 
 
 class OutOfTime(BaseException):
@@ -79,17 +82,6 @@ class CompileBudget:
             self.left_s -= time.monotonic() - start
 
 
-def compiled_contender(dtypes: Dtypes, tensors: int, budget: CompileBudget) -> Contender:
-    """State of the dtype of the table, whatever the parameters'."""
-    p, g, state = item_sizes(dtypes)
-    return Contender(
-        lambda named: compiled_reference(named, tensors, budget, dtypes[2]),
-        least_bytes(p, g, state),
-        2 * state,
-        state,
-    )
-
-
 def hyperparameters(**overrides: Any) -> dict[str, Any]:
     """A param group's hyperparameters; the filter is the same in every phase, so that any step repeats another."""
     group = DALS([("w", torch.nn.Parameter(torch.zeros(1)))]).defaults
@@ -101,36 +93,50 @@ def even_blends(count: int) -> list[float]:
     return [0.3 + 0.4 * i / max(1, count - 1) for i in range(count)]
 
 
-def compiled_reference(
-    named: Sequence[NamedParameter],
-    tensors: int,
-    budget: CompileBudget,
-    state_dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> Step:
-    """The reference's lines over all tensors as one compiled graph; compiles at once, within the budget."""
-    budget.check(SECONDS_PER_TENSOR * tensors)
-    params = [parameter.detach() for _, parameter in named]
-    grads = [parameter.grad for _, parameter in named]
-    grad_emas, momentum_buffers = (flat_zeros(params, state_dtype) for _ in range(2))
-    blends = even_blends(len(params))
+class CompiledReference:
+    """The reference's lines over a list of tensors as one graph, which is compiled once, within the budget.
+
+    Whoever builds a step again, to capture it or to count what it launches, gets the same graph, with state of its own
+    in the table's dtype, whatever the parameters'.
+    """
+
+    def __init__(self, dtypes: Dtypes, budget: CompileBudget, **options: Any) -> None:
+        self.dtypes, self.budget, self.options = dtypes, budget, options
+        self.compiled: Callable[..., None] | None = None
+
+    def contender(self) -> Contender:
+        p, g, state = item_sizes(self.dtypes)
+        return Contender(self.build, least_bytes(p, g, state), 2 * state, state)
+
+    def build(self, named: Sequence[NamedParameter]) -> Step:
+        """Raises RuntimeError where no time is left, or compiling takes too long."""
+        if self.compiled is None:
+            self.budget.check(SECONDS_PER_TENSOR * len(named))
+        params = [parameter.detach() for _, parameter in named]
+        grads = [parameter.grad for _, parameter in named]
+        lists = (params, grads, *(flat_zeros(params, self.dtypes[2]) for _ in range(2)))
+        lr, alpha = (torch.tensor(value, device=params[0].device) for value in (LR, 0.3))
+        compiled = self.compiled or torch.compile(_update_of(len(named)), fullgraph=True, dynamic=False, **self.options)
+
+        @torch.no_grad()
+        def step() -> None:
+            compiled(lists, lr, alpha)
+
+        self.budget.first_call(step)
+        if self.compiled is None:
+            # Where somebody dropped what was compiled, it is not compiled once more.
+            self.compiled, self.budget = compiled, CompileBudget(SECONDS_OF_A_HIT, SECONDS_OF_A_HIT)
+        return step
+
+
+def _update_of(tensors: int) -> Callable[..., None]:
+    blends = even_blends(tensors)
     hyper = hyperparameters()
-    names = ("weight_decay", "trust_coefficient", "trust_clip", "momentum")
-    scalars = {name: hyper[name] for name in names}
-    lists = (params, grads, grad_emas, momentum_buffers)
+    scalars = {name: hyper[name] for name in ("weight_decay", "trust_coefficient", "trust_clip", "momentum")}
 
     def update(lists: tuple[list[Any], ...], lr: torch.Tensor, alpha: torch.Tensor) -> None:
         for p, g, h, m, blend in zip(*lists, blends, strict=True):
             dals_reference_(p, g, h, m, blend, ema_decay=alpha, bypass=False, lr=lr, **scalars)
 
-    torch.compiler.reset()  # every list counts as a recompilation of the same lines, and torch gives up after eight
-    device = params[0].device
-    lr, alpha = torch.tensor(LR, device=device), torch.tensor(0.3, device=device)
-    compiled: Callable[..., None] = torch.compile(update, fullgraph=True, dynamic=False, **options)
-
-    @torch.no_grad()
-    def step() -> None:
-        compiled(lists, lr, alpha)
-
-    budget.first_call(step)
-    return step
+    # Code of its own: else every list is a recompilation of the same lines, and torch gives up after eight.
+    return FunctionType(update.__code__.replace(), update.__globals__, closure=update.__closure__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.byte_table import STEP_DTYPES
-from bench.compiled import CompileBudget
+from bench.compiled import CompileBudget, CompiledReference
 from bench.find import find_machine
 from bench.machine import Machine
 from bench.micro import contenders_of, default_shapes
@@ -25,7 +25,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     machine = metafunc.config.stash[MACHINE]
     metafunc.parametrize("model", metafunc.config.getoption("shapes") or default_shapes(machine))
     metafunc.parametrize("dtypes_name", metafunc.config.getoption("dtypes"))
-    everybody = contenders_of(STEP_DTYPES["fp32"], 1, machine, CompileBudget(0, 0))
+    dtypes = STEP_DTYPES["fp32"]
+    everybody = contenders_of(dtypes, machine, CompiledReference(dtypes, CompileBudget(0, 0)))
     metafunc.parametrize("contender", list(everybody))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from bench import environment, extras, record
 from bench.byte_table import STEP_DTYPES, Dtypes
 from bench.cache_model import plan_in_use
-from bench.compiled import CompileBudget, compiled_contender
+from bench.compiled import CompileBudget, CompiledReference
 from bench.contenders import (
     BASELINE,
     COMPILED,
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = find_machine()
     shapes = args.shapes or default_shapes(machine)
     if args.contenders:
-        known = contenders_of(STEP_DTYPES[args.dtypes[0]], 1, machine, CompileBudget(0.0, 0.0))
+        dtypes = STEP_DTYPES[args.dtypes[0]]
+        known = contenders_of(dtypes, machine, CompiledReference(dtypes, CompileBudget(0.0, 0.0)))
         unknown = [name for name in args.contenders if name not in known]
         if unknown:
             parser.error(f"--contenders: no {', '.join(map(repr, unknown))}; here are {', '.join(map(repr, known))}")
@@ -94,11 +95,14 @@ def run(
     print(", ".join(f"{key} {value}" for key, value in described.items()) + "\n")
     rows: list[StepRow] = []
     copies: list[float] = []
+    compiled = {
+        (model, name): CompiledReference(STEP_DTYPES[name], CompileBudget(compile_seconds, compile_seconds))
+        for model, name in lists
+    }
     with tqdm(total=len(lists), unit="list") as lists_bar:
         for model, name in lists:
             shapes = list(SHAPES[model]())
-            budget = CompileBudget(compile_seconds, compile_seconds)
-            contenders = contenders_of(STEP_DTYPES[name], len(shapes), machine, budget)
+            contenders = contenders_of(STEP_DTYPES[name], machine, compiled[model, name])
             if only is not None:
                 contenders = {chosen: contenders[chosen] for chosen in contenders if chosen in only}
             copies += [machine.copy_bandwidth() for _ in range(COPY_SAMPLES)]
@@ -113,7 +117,7 @@ def run(
             if path is not None:
                 record.save(path, record_of(described, repeats, copies, rows))
     if machine.queues_work:
-        count_all_launches(machine, lists, rows)
+        count_all_launches(machine, compiled, rows)
         print(launches_text(rows) + "\n")
         if path is not None:
             record.save(path, record_of(described, repeats, copies, rows))
@@ -123,24 +127,28 @@ def run(
     return rows
 
 
-def count_all_launches(machine: Machine, lists: Sequence[tuple[str, str]], rows: Sequence[StepRow]) -> None:
-    """Launches of every row; none for what torch.compile would have to compile once more."""
+def count_all_launches(
+    machine: Machine, compiled: Mapping[tuple[str, str], CompiledReference], rows: Sequence[StepRow]
+) -> None:
+    """Launches of every row of the lists of (model, dtypes)."""
     from tqdm import tqdm
 
-    nothing_left = CompileBudget(0.0, 0.0)
-    for model, name in tqdm(lists, unit="list", desc="launches"):
-        shapes = list(SHAPES[model]())
-        contenders = contenders_of(STEP_DTYPES[name], len(shapes), machine, nothing_left)
+    for (model, name), reference in tqdm(compiled.items(), unit="list", desc="launches"):
+        contenders = contenders_of(STEP_DTYPES[name], machine, reference)
         own = [row for row in rows if (row.model, row.dtypes) == (model, name)]
-        count_launches(machine, own, shapes, STEP_DTYPES[name], contenders, SEED)
+        count_launches(machine, own, list(SHAPES[model]()), STEP_DTYPES[name], contenders, SEED)
 
 
-def contenders_of(dtypes: Dtypes, tensors: int, machine: Machine, budget: CompileBudget) -> dict[str, Contender]:
-    """Everybody; on a GPU ours and torch's in CUDA graphs, too."""
-    plain = {**torch_contenders(dtypes), **dals_contenders(dtypes), LOOP: loop_contender(dtypes)}
-    graphs = in_graphs(plain, machine) if machine.queues_work else {}
-    compiled = {COMPILED: compiled_contender(dtypes, tensors, budget)}
-    return {**plain, **compiled, **graphs, **peer_contenders(dtypes, machine.device)}
+def contenders_of(dtypes: Dtypes, machine: Machine, compiled: CompiledReference) -> dict[str, Contender]:
+    """Everybody, on a GPU in CUDA graphs, too."""
+    eager = {
+        **torch_contenders(dtypes),
+        **dals_contenders(dtypes),
+        LOOP: loop_contender(dtypes),
+        COMPILED: compiled.contender(),
+        **peer_contenders(dtypes, machine.device),
+    }
+    return {**eager, **(in_graphs(eager, machine) if machine.queues_work else {})}
 
 
 def record_of(

@@ -9,7 +9,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.byte_table import STEP_DTYPES
-from bench.compiled import CompileBudget
+from bench.compiled import CompileBudget, CompiledReference
 from bench.machine import Machine
 from bench.micro import SEED, contenders_of
 from bench.shapes import SHAPES
@@ -20,8 +20,8 @@ ROUNDS, COMPILE_SECONDS = 10, 120.0
 
 def test_step(benchmark: BenchmarkFixture, machine: Machine, model: str, dtypes_name: str, contender: str) -> None:
     shapes, dtypes = list(SHAPES[model]()), STEP_DTYPES[dtypes_name]
-    budget = CompileBudget(COMPILE_SECONDS, COMPILE_SECONDS)
-    found = contenders_of(dtypes, len(shapes), machine, budget)[contender]
+    compiled = CompiledReference(dtypes, CompileBudget(COMPILE_SECONDS, COMPILE_SECONDS))
+    found = contenders_of(dtypes, machine, compiled)[contender]
     needed, free = needed_bytes(shapes, dtypes, found), MEMORY_SHARE * machine.free_bytes()
     if needed > free:
         pytest.skip(f"needs {needed / 1e9:.3g} GB of {free / 1e9:.3g} GB")

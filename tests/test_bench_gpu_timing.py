@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
 from bench import timing
-from bench.compiled import CompileBudget, OutOfTime, compiled_reference, time_limit
+from bench.compiled import CompileBudget, CompiledReference, OutOfTime, time_limit
 from bench.contenders import (
     FOREACH,
     Contender,
@@ -56,7 +56,8 @@ def test_the_compiled_reference_is_the_reference() -> None:
     named = make_parameters(TINY, FP32, CPU, 0)
     twin = make_parameters(TINY, FP32, CPU, 0)
     budget = CompileBudget(60.0, 60.0)
-    step = compiled_reference(named, len(named), budget, backend="eager")
+    compiled = CompiledReference(FP32, budget, backend="eager")
+    step = compiled.build(named)
     step()
     assert budget.left_s < 60
     foreach = CONTENDERS_BY_NAME[FOREACH](twin)
@@ -73,15 +74,15 @@ CONTENDERS_BY_NAME = {name: c.build for name, c in contenders_for(FP32).items()}
 def test_compiling_has_its_limits() -> None:
     named = make_parameters(TINY, FP32, CPU, 0)
     with pytest.raises(RuntimeError, match=r"left out: torch\.compile takes 156 s or more, and has 60 s"):
-        compiled_reference(named, 391, CompileBudget(60.0, 60.0))
+        CompiledReference(FP32, CompileBudget(60.0, 60.0)).build(named * 130)
     with pytest.raises(RuntimeError, match="is spent"):
-        compiled_reference(named, 3, CompileBudget(0.0, 60.0))
+        CompiledReference(FP32, CompileBudget(0.0, 60.0)).build(named)
 
     def slow(module: Any, inputs: Any) -> Any:
         time.sleep(5)
 
     with pytest.raises(RuntimeError, match="was not done with it after"):
-        compiled_reference(named, 1, CompileBudget(60.0, 0.5), backend=slow)
+        CompiledReference(FP32, CompileBudget(60.0, 0.5), backend=slow).build(named[:1])
     start = time.monotonic()
     with pytest.raises(OutOfTime), time_limit(0.05):
         while time.monotonic() < start + 5:

@@ -15,7 +15,7 @@ import torch
 from bench import compiled, contenders, extras, micro, peers
 from bench.__main__ import main
 from bench.byte_table import STEP_DTYPES
-from bench.compiled import CompileBudget
+from bench.compiled import CompileBudget, CompiledReference
 from bench.contenders import (
     ADAMW,
     BASELINE,
@@ -55,6 +55,12 @@ class SmallHost(HostMachine):
         return self.free
 
 
+def everybody(dtypes: str, machine: HostMachine | None = None) -> dict[str, Contender]:
+    """Without time to compile."""
+    compiled = CompiledReference(STEP_DTYPES[dtypes], CompileBudget(0, 0))
+    return micro.contenders_of(STEP_DTYPES[dtypes], machine or HostMachine(), compiled)
+
+
 def timed(found: dict[str, Contender], dtypes: str = "fp32", free: int = 1 << 40) -> list[StepRow]:
     return time_contenders(SmallHost(free), "tiny", STEP_DTYPES[dtypes], dtypes, TINY, found, 2, 0)
 
@@ -75,7 +81,7 @@ def test_shapes_have_the_known_size(model: str, tensors: int, parameters: int) -
 @pytest.mark.parametrize("dtypes", STEP_DTYPES)
 def test_every_contender_is_timed_or_says_why_not(dtypes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    found = micro.contenders_of(STEP_DTYPES[dtypes], len(TINY), HostMachine(), CompileBudget(0, 0))
+    found = everybody(dtypes)
     rows = {row.contender: row for row in timed(found, dtypes)}
     assert list(rows) == list(found)
     errors = {name: row.error or "" for name, row in rows.items()}
@@ -125,7 +131,7 @@ def test_the_loop_is_an_ema_filter_and_lars(seed: int) -> None:
 
 @pytest.mark.parametrize("dtypes", STEP_DTYPES)
 def test_nobody_writes_the_gradients_that_all_share(dtypes: str) -> None:
-    found = micro.contenders_of(STEP_DTYPES[dtypes], len(TINY), HostMachine(), CompileBudget(0, 0))
+    found = everybody(dtypes)
     for name, contender in found.items():
         named = make_parameters(TINY, STEP_DTYPES[dtypes], CPU, 0)
         before = [parameter.grad.clone() for _, parameter in named if parameter.grad is not None]
@@ -254,24 +260,53 @@ def test_columns_that_nobody_has_are_left_out() -> None:
 
 
 def test_launches_are_counted_after_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A contender that cannot be built again has no count, and neither has one without figures."""
+    """A contender that is not there any more has no count, and neither has one without figures."""
 
     class Counting(HostMachine):
         def launches(self, work: Callable[[], object]) -> list[Launch]:
             work()
             return [("kernel", "k")] * 3
 
-    found = {**torch_contenders(FP32), COMPILED: torch_contenders(FP32)[BASELINE]}
-    rows = timed(found)
-    rows[0].error = "failed"
     monkeypatch.setitem(SHAPES, "tiny", lambda: iter(TINY))
+    reference = CompiledReference(FP32, CompileBudget(60, 60), backend="eager")
+    rows = timed({**torch_contenders(FP32), COMPILED: reference.contender(), "gone": torch_contenders(FP32)[BASELINE]})
+    rows[0].error = "failed"
     for row in rows:
         row.model = "tiny"
-    micro.count_all_launches(Counting(), [("tiny", "fp32")], rows)
+    micro.count_all_launches(Counting(), {("tiny", "fp32"): reference}, rows)
     counted = {row.contender: row.launches for row in rows}
-    assert counted.pop(rows[0].contender) is None and counted.pop(COMPILED) is None and set(counted.values()) == {3}
+    assert counted.pop(rows[0].contender) is None and counted.pop("gone") is None and set(counted.values()) == {3}
     (line,) = launches_text(rows).splitlines()[1:]
-    assert line.startswith("tiny fp32: ") and f"{rows[1].contender} 3" in line and COMPILED not in line
+    assert line.startswith("tiny fp32: ") and f"{COMPILED} 3" in line and "gone" not in line
+
+
+def test_a_list_is_compiled_once_and_lists_do_not_drop_each_other() -> None:
+    """For its time, in a graph and to count launches; of ten lists, as torch gives up after eight of the same lines."""
+    compiled: list[int] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        compiled.append(len(inputs))
+        return module
+
+    shapes = [[*TINY[: 1 + i % 3], (f"{i}", (2 + i,))] for i in range(10)]
+    references = [CompiledReference(FP32, CompileBudget(60, 60), backend=backend) for _ in shapes]
+    for _ in range(2):
+        for reference, tensors in zip(references, shapes, strict=True):
+            named = make_parameters(tensors, FP32, CPU, 0)
+            before = [p.detach().clone() for _, p in named]
+            reference.build(named)()
+            assert not any(torch.equal(old, p) for old, (_, p) in zip(before, named, strict=True))
+    assert len(compiled) == len(shapes)
+
+
+def test_on_a_device_everybody_is_timed_in_a_graph_too() -> None:
+    class Device(Recorder):
+        queues_work = True
+
+    names = [name for name in everybody("fp32", Device()) if not contenders.is_graph(name)]
+    assert set(everybody("fp32", Device())) == {*names, *(name + contenders.GRAPH for name in names)}
+    assert {COMPILED, peers.LAMB, peers.BNB_LARS, LOOP} < set(names)
+    assert not any(map(contenders.is_graph, everybody("fp32")))
 
 
 def test_rows_survive_json() -> None:
@@ -351,6 +386,6 @@ def test_compiling_takes_lists_of_any_state(monkeypatch: pytest.MonkeyPatch) -> 
     """Built as the command builds it, with a compiler that does nothing."""
     monkeypatch.setattr(compiled.torch, "compile", lambda update, **options: update)  # type: ignore[attr-defined]
     for name, dtypes in STEP_DTYPES.items():
-        contender = compiled.compiled_contender(dtypes, len(TINY), CompileBudget(10, 10))
+        contender = CompiledReference(dtypes, CompileBudget(10, 10)).contender()
         (row,) = timed({COMPILED: contender}, name)
         assert row.error is None

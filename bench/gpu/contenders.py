@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from bench.byte_table import Dtypes, item_sizes, least_bytes
-from bench.compiled import CompileBudget, compiled_contender, even_blends, hyperparameters
+from bench.compiled import CompileBudget, CompiledReference, even_blends, hyperparameters
 from bench.contenders import (
     ADAMW,
     ADAMW_FOREACH,
@@ -57,9 +57,9 @@ def contenders_for(dtypes: Dtypes) -> dict[str, Contender]:
     }
 
 
-def beside_compiled(dtypes: Dtypes, tensors: int, budget: CompileBudget) -> dict[str, Contender]:
+def beside_compiled(dtypes: Dtypes, budget: CompileBudget) -> dict[str, Contender]:
     """The reference under torch.compile, and the path that promises never to be slower."""
-    return {FUSED: dals_contenders(dtypes)[FUSED], COMPILED: compiled_contender(dtypes, tensors, budget)}
+    return {FUSED: dals_contenders(dtypes)[FUSED], COMPILED: CompiledReference(dtypes, budget).contender()}
 
 
 def _pass_alone(state_dtype: torch.dtype) -> Factory:

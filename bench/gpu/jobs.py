@@ -119,7 +119,7 @@ def _step_job(
             results.copy_samples += [machine.copy_bandwidth() for _ in range(scale.copy_samples)]
         else:
             compile_budget.left_s = min(compile_budget.left_s, max(0.0, deadline.left_s()))
-            contenders = beside_compiled(dtypes, len(shapes), compile_budget)
+            contenders = beside_compiled(dtypes, compile_budget)
         rows: list[StepRow] = []
         try:
             time_contenders(

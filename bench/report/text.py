@@ -246,6 +246,7 @@ def training_table(record: dict[str, Any]) -> str:
         label = [f"{row['model']} {row['size']}{parameters}", row["contender"], row["mode"]]
         if row["error"] is not None:
             failures.append(f"- {', '.join(label)}: {row['error']}")
+        if row["step_s"] is None:
             continue
         step, optimizer = row["step_s"]["median"], row["optimizer_s"]
         share = "-" if optimizer is None else f"{100 * optimizer['median'] / step:.0f} %"

@@ -18,8 +18,9 @@ from bench.train.steps import MODES, OPTIMIZERS, PEAK_OF_STEPS, SEED, TrainRow, 
 
 NOTES = """\
 step: forward, backward and optimizer, device time; all models of a mode take turns. optimizer: its step alone along the
-gradients of the last backward pass, not known of a step in a graph. peak: memory of model, gradients, state and
-activations. On a GPU matrix products are in bfloat16 (autocast), weights, gradients and state in float32."""
+gradients of the last backward pass, in a graph of its own where the whole step is one. peak: memory of model,
+gradients, state and activations. On a GPU matrix products are in bfloat16 (autocast), weights, gradients and state in
+float32."""
 
 
 def build_parser() -> argparse.ArgumentParser:

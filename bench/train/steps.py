@@ -38,7 +38,7 @@ OptimizerStep = Callable[[Tensor], object]
 
 @dataclass
 class TrainRow:
-    """Training steps of one model with one optimizer; `error` says why there are none."""
+    """Training steps of one model with one optimizer; `error` says why there are none, or no times of it alone."""
 
     model: str
     size: str
@@ -88,6 +88,7 @@ class TrainingStep:
         self, task: Task, size: str, machine: Machine, optimizer: str, mode: str, budget: CompileBudget
     ) -> None:
         torch.manual_seed(SEED)
+        self.mode = mode
         chosen = task.sizes[size]
         self.device = machine.device
         self.model = task.build(chosen).to(self.device)
@@ -119,6 +120,12 @@ class TrainingStep:
     def optimizer_alone(self) -> None:
         """Along the gradients that the last whole step left."""
         self.optimizer_step(self.loss)
+
+    def share(self, machine: Machine) -> Callable[[], object]:
+        """The optimizer's step alone, in a graph of its own where the whole step is one."""
+        if self.mode == "graph":
+            return machine.capture(self.optimizer_alone, self.optimizer_alone)
+        return self.optimizer_alone
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.device.type == "cpu":
@@ -165,7 +172,7 @@ def time_training(
         samplers[name] = Sampler(machine, steps[name].whole)
 
     with suppress(Exception):  # what the device's libraries allocate once is nobody's; what is wrong will be a row
-        TrainingStep(TASKS[model], size, machine, optimizers[0], "eager", budget).whole()
+        TrainingStep(TASKS[model], "tiny", machine, optimizers[0], "eager", budget).whole()
     machine.release()
     for name in optimizers:
         attempt(name, build)
@@ -175,9 +182,8 @@ def time_training(
 
     def finish(name: str) -> None:
         rows[name].step_s = Spread.of(rows[name].step_samples_s)
-        if mode != "graph":
-            alone = Sampler(machine, steps[name].optimizer_alone)
-            rows[name].optimizer_s = Spread.of([alone.sample() for _ in range(samples)])
+        alone = Sampler(machine, steps[name].share(machine))
+        rows[name].optimizer_s = Spread.of([alone.sample() for _ in range(samples)])
 
     for name in optimizers:
         attempt(name, finish)

@@ -14,7 +14,7 @@ from bench.__main__ import main
 from bench.cache_model import plan_in_use
 from bench.contenders import ADAMW, BASELINE, FOREACH, FUSED
 from bench.report.results import DEMO, CounterFile, Results, load
-from bench.report.text import NO_GPU, has_picture, readme_speed, speed_page, traffic_block
+from bench.report.text import HOW_TO_READ, NO_GPU, has_picture, readme_speed, speed_page, traffic_block
 from bench.step_table import row_from
 from bench.timing import Spread, StepRow
 
@@ -111,6 +111,16 @@ def test_a_later_file_shows_whom_an_earlier_one_has_not(gpu_results: Results) ->
     of_later = blocks[1 + next(i for i, block in enumerate(blocks) if "later.json" in block)]
     assert [line.split("|")[1].strip() for line in of_later.splitlines()[2:]] == [ADAMW, FOREACH]
     assert "later.json" not in readme_speed(Results(steps=[first, replace(later, rows=rows[:2])]))
+
+
+def test_many_lists_are_a_table_for_each_set_of_dtypes(gpu_results: Results) -> None:
+    found = gpu_results.steps[0]
+    for count, headers in ((3, ["resnet50 fp32"]), (4, ["resnet50 fp32", "resnet50 bf16"])):
+        models = ("resnet50", "vit_b_16", "vit_l_16", "gpt2")[:count]
+        rows = [row(model, ADAMW, 1.0, dtypes) for dtypes in ("fp32", "bf16") for model in models]
+        text = readme_speed(Results(steps=[replace(found, rows=rows)]))
+        first_cells = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("|  |")]
+        assert first_cells == headers and text.count(HOW_TO_READ) == 1
 
 
 def test_the_page_has_spread_failures_and_predictions(gpu_results: Results) -> None:

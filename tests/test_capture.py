@@ -214,6 +214,30 @@ def test_eager_steps_and_replays_take_turns(monkeypatch: pytest.MonkeyPatch, see
         assert same(captured, eager)
 
 
+def test_two_graphs_of_one_optimizer(path: dict[str, Any], monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """A whole step and, along the gradients it left, the optimizer's step alone, replayed in turn."""
+    captured = Training(path)
+    eager = captured.copy(path)
+    for one in (captured, eager):
+        one.step()
+    captured.optimizer.zero_grad()
+    with capturing(monkeypatch) as whole:
+        captured.step()
+    loss = torch.tensor(0.5)
+    captured.optimizer.step(loss=loss)
+    with capturing(monkeypatch) as alone:
+        captured.optimizer.step(loss=loss)
+    eager.step()
+    for _ in range(2):
+        eager.optimizer.step(loss=loss)
+    for _ in range(2):
+        whole.replay()
+        alone.replay()
+        eager.step()
+        eager.optimizer.step(loss=loss)
+        assert same(captured, eager)
+
+
 def test_numbers_reach_a_graph_by_refreshing(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """A learning rate that is a number, momentum and decay: seen after refresh_hyperparameters(), and not before."""
     path = {"fused": True, "capturable": True}

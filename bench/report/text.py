@@ -19,6 +19,13 @@ from bench.timing import StepRow, ratios
 from bench.traffic import MOST_CHUNKS, TRIES_ON, USABLE
 
 NO_GPU = "There is no GPU figure yet."
+HOW_TO_READ = (
+    "One step in milliseconds, medians. In brackets the time in units of a baseline's, round by round: all contenders "
+    "took their samples in turn, but where memory did not hold them all. fp32: all numbers; mixed: bfloat16 parameters "
+    "and gradients with float32 state; bf16: state too."
+)
+#: Lists of tensors beside each other in one table of the README; more are a table for each set of dtypes.
+MOST_COLUMNS = 6
 #: Bytes per second, where bytes alone are asked for: the order of the items depends on it, if little.
 SOME_BANDWIDTH = 4e12
 
@@ -27,11 +34,13 @@ SOME_BANDWIDTH = 4e12
 
 
 def readme_speed(results: Results) -> str:
-    """Medians, contenders by models, one table per file and dtypes; and what a step costs the host.
+    """Medians, contenders by lists of tensors, for each file; and what a step costs the host.
 
     Of a device's later files, whom an earlier one has not shown, and the baseline.
     """
-    blocks = [] if any(found.on_gpu for found in results.steps) else [NO_GPU]
+    blocks = [HOW_TO_READ] if results.steps else []
+    if not any(found.on_gpu for found in results.steps):
+        blocks.append(NO_GPU)
     seen: set[tuple[str, ...]] = set()
     for found in results.steps:
         device, baseline = found.environment["device"], ADAMW if found.on_gpu else BASELINE
@@ -43,18 +52,21 @@ def readme_speed(results: Results) -> str:
             if key not in seen or (row.contender == baseline and key[:3] in others)
         ]
         seen |= {key for row, key in zip(found.rows, keys, strict=True) if row.device_s is not None}
-        for dtypes in dict.fromkeys(row.dtypes for row in new):
-            rows = [row for row in new if row.dtypes == dtypes]
-            blocks.append(
-                f"One step in milliseconds, {dtypes}, medians of one run that took turns (in brackets: times "
-                f"{baseline}, round by round). {described(found.environment)}, [the file](bench/results/{found.name}):"
-            )
-            # Lists of equal tensors are for the plot of bandwidth, and for docs/speed.md.
-            shown = [row for row in rows if row.model in MODELS] or rows
+        if not new:
+            continue
+        blocks.append(
+            f"{described(found.environment)}, [the file](bench/results/{found.name}); in brackets times {baseline}:"
+        )
+        # Lists of equal tensors are for the plot of bandwidth, and for docs/speed.md.
+        shown = [row for row in new if row.model in MODELS] or new
+        if len({(row.model, row.dtypes) for row in shown}) <= MOST_COLUMNS:
             blocks.append(_pivot(shown, baseline))
-            absent = [name for name in dict.fromkeys(row.contender for row in shown) if not _ran(name, shown)]
-            if absent:
-                blocks.append(f"No figures of {', '.join(absent)}: [docs/speed.md](docs/speed.md) says why.")
+        else:
+            for dtypes in dict.fromkeys(row.dtypes for row in shown):
+                blocks.append(_pivot([row for row in shown if row.dtypes == dtypes], baseline))
+        absent = [name for name in dict.fromkeys(row.contender for row in shown) if not _ran(name, shown)]
+        if absent:
+            blocks.append(f"No figures of {', '.join(absent)}: [docs/speed.md](docs/speed.md) says why.")
     drawn = [found for found in results.steps if has_picture(found)]
     if drawn:
         blocks.append(f"![Step time, bandwidth and host time](docs/{picture_of(drawn[0].name)})")
@@ -97,20 +109,20 @@ def described(environment: dict[str, Any]) -> str:
 
 
 def _pivot(rows: Sequence[StepRow], baseline: str) -> str:
-    """Contenders by models; a dash where there is no figure."""
-    models = list(dict.fromkeys(row.model for row in rows))
-    by_model = {model: [row for row in rows if row.model == model] for model in models}
-    relative = {model: ratios(members, baseline) for model, members in by_model.items()}
+    """Contenders by model and dtypes; a dash where there is no figure."""
+    lists = list(dict.fromkeys((row.model, row.dtypes) for row in rows))
+    of_list = {key: [row for row in rows if (row.model, row.dtypes) == key] for key in lists}
+    relative = {key: ratios(members, baseline) for key, members in of_list.items()}
     lines = []
     for contender in dict.fromkeys(row.contender for row in rows):
         cells = []
-        for model in models:
-            row = next((row for row in by_model[model] if row.contender == contender), None)
-            ratio = None if row is None or contender == baseline else relative[model].get(contender)
+        for key in lists:
+            row = next((row for row in of_list[key] if row.contender == contender), None)
+            ratio = None if row is None or contender == baseline else relative[key].get(contender)
             cells.append(_milliseconds(row, ratio))
         if _ran(contender, rows):
             lines.append([contender, *cells])
-    return markdown_table(["", *models], lines)
+    return markdown_table(["", *map(" ".join, lists)], lines)
 
 
 def _ran(contender: str, rows: Sequence[StepRow]) -> bool:

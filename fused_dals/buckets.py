@@ -27,6 +27,8 @@ SYNC_PADDING = 32
 
 #: What a 16-byte access asks of an address.
 WIDE_BYTES = 16
+#: Stands for the address of a gradient without elements: any that is aligned but 0, which stands for no gradient.
+NO_ELEMENTS = 16
 
 
 @dataclass
@@ -96,12 +98,12 @@ class Bucket:
         self.tensors = self._upload(rows)
         self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
         self.blends = table_on(self.device, torch.tensor(tensors.blends, dtype=torch.float32, device="cpu"))
-        self.refresh_grads(integers(g.data_ptr() for g in tensors.grads))
+        self.refresh_grads(integers(map(grad_address, tensors.grads)))
 
     def refresh_grads(self, addresses: Tensor) -> None:
         """Point to gradients elsewhere, of the same strides and as well aligned; the table keeps its memory.
 
-        ``addresses``: int64 on the CPU, in list order.
+        ``addresses``: int64 on the CPU, in list order, 0 for a missing gradient, whose parameter is left as it is.
         """
         self.grads.copy_(addresses if self.device.type == "cpu" else addresses.pin_memory(), non_blocking=True)
 
@@ -182,6 +184,11 @@ def tensors_of(
         rounded = found.grad_emas and found.grad_emas[0].dtype == torch.bfloat16
         found.rounding_keys += batch.rounding_keys() if rounded else [0] * len(batch.params)
     return found
+
+
+def grad_address(grad: Tensor) -> int:
+    """For the kernels; 0 for one on the meta device, which stands for a missing one."""
+    return 0 if grad.is_meta else grad.data_ptr() or NO_ELEMENTS
 
 
 def _access(p: Tensor, g: Tensor, h: Tensor, m: Tensor, c_address: int) -> int:

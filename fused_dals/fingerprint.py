@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, compress
-from operator import attrgetter, is_, not_
+from operator import attrgetter, is_
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_dals import host
-from fused_dals.buckets import WIDE_BYTES
+from fused_dals.buckets import NO_ELEMENTS, WIDE_BYTES
 from fused_dals.host_walk import HOST_WALK
 from fused_dals.memory_order import is_plain
 from fused_dals.sharding import local
@@ -38,22 +38,26 @@ class Fingerprint:
     they are aligned is not: it decides how the kernel may read them.
     """
 
-    def __init__(self, groups: Groups, state: State, distributed: bool) -> None:
+    def __init__(
+        self, groups: Groups, state: State, distributed: bool, awaited: Sequence[Tensor] | None = None
+    ) -> None:
         """``distributed``: parameters are DTensors, of which this rank's shards are stepped. Their gradients have to be
         settled (sharding.py), now and whenever it is followed.
+
+        ``awaited``: parameters without a gradient for which one is planned all the same, as of one that is laid out as
+        they are; from step to step any planned gradient may then be missing. None where all have to be there.
 
         Raises RuntimeError or TypeError where a tensor has no memory or state holds something else: none fits.
         """
         self._distributed = distributed
+        self._may_miss = awaited is not None
         self._without_walk = HOST_WALK.compiled is None
         self._sizes = [len(group["params"]) for group in groups]
         self._params = _params_of(groups)  # held, so that no other object can take over their identity
         state_tensors = _state_of(state)
         self._state = [*map(id, state), *chain.from_iterable(state.values()), *map(id, state_tensors)]
-        grads = list(map(_grad, self._params))
-        missing = [grad is None for grad in grads]
-        if any(missing):
-            grads = list(compress(grads, map(not_, missing)))
+        self._has_grad = [grad is not None for grad in map(_grad, self._params)]
+        grads = list(map(_grad, compress(self._params, self._has_grad)))
         params = self._params
         # Which rows the ranks add up depends on what trains, gradient or not.
         trains = list(map(_requires_grad, params)) if distributed else []
@@ -64,25 +68,34 @@ class Fingerprint:
         odd = set(map(type, grads)) - PLAIN_TYPES or any(map(Tensor.is_neg, grads))
         if odd and not all(map(is_plain, grads)):
             raise RuntimeError("a gradient has no memory, or negates what it reads there")
-        self._grad_addresses = _addresses(grads)
+        self._grad_addresses = [address or NO_ELEMENTS for address in _addresses(grads)]
         self._parts = (
-            missing,
             trains,
             _addresses(params),
             _addresses(state_tensors),
-            [address % WIDE_BYTES for address in self._grad_addresses],
             *(list(map(Tensor.is_neg, tensors)) for tensors in (params, state_tensors)),
-            *(list(map(_shape, tensors)) for tensors in (params, grads, state_tensors)),
-            *(list(map(_dtype, tensors)) for tensors in (params, grads, state_tensors)),
-            *(_layouts(tensors) for tensors in (params, grads, state_tensors)),
+            *(list(map(_shape, tensors)) for tensors in (params, state_tensors)),
+            *(list(map(_dtype, tensors)) for tensors in (params, state_tensors)),
+            *(_layouts(tensors) for tensors in (params, state_tensors)),
         )
+        self._planned = self._has_grad
+        aligned = [address % WIDE_BYTES for address in self._grad_addresses]
+        if awaited:
+            waiting = set(map(id, awaited))
+            self._planned = [has or id(p) in waiting for has, p in zip(self._has_grad, self._params, strict=True)]
+            grads = [p if p.grad is None else p.grad for p in compress(self._params, self._planned)]
+            of_present = iter(aligned)
+            aligned = [0 if p.grad is None else next(of_present) for p in compress(self._params, self._planned)]
+        self._of_grads = (aligned, list(map(_shape, grads)), list(map(_dtype, grads)), _layouts(grads))
 
     def is_outdated(self) -> bool:
         """Whether the compiled walk has come since, and may do better."""
         return self._without_walk and HOST_WALK.came()
 
     def follow(self, groups: Groups, state: State) -> Tensor | None:
-        """The present addresses of the gradients, int64 in the order of the groups; None if anything else changed."""
+        """The present addresses of the planned gradients, int64 in the order of the groups, 0 where one is missing and
+        may be; None if anything else changed.
+        """
         try:
             now = Fingerprint(groups, state, self._distributed)
         except Exception:
@@ -94,13 +107,28 @@ class Fingerprint:
             and self._state == now._state
             and self._parts == now._parts
         )
-        return host.integers(now._grad_addresses) if same else None
+        return self._addresses_of_planned(now) if same else None
+
+    def _addresses_of_planned(self, now: Fingerprint) -> Tensor | None:
+        """Of the same parameters."""
+        if now._has_grad == self._planned:
+            return host.integers(now._grad_addresses) if now._of_grads == self._of_grads else None
+        unplanned = any(has and not planned for has, planned in zip(now._has_grad, self._planned, strict=True))
+        if unplanned or not self._may_miss:
+            return None
+        is_there = list(compress(now._has_grad, self._planned))
+        if now._of_grads != tuple(list(compress(part, is_there)) for part in self._of_grads):
+            return None
+        found = iter(now._grad_addresses)
+        return host.integers(next(found) if there else 0 for there in is_there)
 
 
 class CompiledFingerprint:
     """The same for plain tensors and DTensors, by the compiled walk."""
 
-    def __init__(self, walk: Any, groups: Groups, state: State, distributed: bool) -> None:
+    def __init__(
+        self, walk: Any, groups: Groups, state: State, distributed: bool, awaited: Sequence[Tensor] | None = None
+    ) -> None:
         """Raises TypeError where the walk leaves something to Python, RuntimeError where a tensor has no memory."""
         self._walk = walk
         if distributed:
@@ -110,9 +138,9 @@ class CompiledFingerprint:
                 raise TypeError("only Python finds the shards of this torch's DTensors")
         params = _params_of(groups)
         self._held = params, _specs_of(params) if distributed else []
-        self._count = sum(grad is not None for grad in map(_grad, params))
+        self._count = sum(grad is not None for grad in map(_grad, params)) + len(awaited or ())
         addresses = torch.empty(self._count, dtype=torch.int64, device="cpu")
-        self._recording = walk.record(groups, state, addresses, distributed)
+        self._recording = walk.record(groups, state, addresses, distributed, None if awaited is None else [*awaited])
         if self._recording is None:
             raise TypeError("only Python understands these tensors")
 
@@ -157,14 +185,16 @@ def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
     return [plain or tensor.stride() for plain, tensor in zip(contiguous, tensors, strict=True)]
 
 
-def take_fingerprint(groups: Groups, state: State, distributed: bool) -> Fingerprint | CompiledFingerprint | None:
+def take_fingerprint(
+    groups: Groups, state: State, distributed: bool, awaited: Sequence[Tensor] | None = None
+) -> Fingerprint | CompiledFingerprint | None:
     """The fingerprint, or None where there can be none: a sparse, meta or lazy tensor, a foreign entry in the state.
 
     Whatever these raise, subclasses of tensors what they like: the checks of a step say what is wrong, if anything is.
     """
     if HOST_WALK.compiled is not None:
         with suppress(Exception):
-            return CompiledFingerprint(HOST_WALK.compiled, groups, state, distributed)
+            return CompiledFingerprint(HOST_WALK.compiled, groups, state, distributed, awaited)
     with suppress(Exception):
-        return Fingerprint(groups, state, distributed)
+        return Fingerprint(groups, state, distributed, awaited)
     return None

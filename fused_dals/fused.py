@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import compress
 from operator import is_
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_dals import host
-from fused_dals.buckets import Bucket, joined_dims, tensors_of
+from fused_dals.buckets import Bucket, grad_address, joined_dims, tensors_of
 from fused_dals.capture import BakedTable, check_nothing_to_prepare, is_capturing
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.group_table import GroupTable
@@ -106,8 +107,11 @@ class Launch:
     bucket: Bucket
     key: BucketKey
     owners: list[Tensor]  # the parameters as the groups hold them
-    members: list[TrustRatios]  # by group, views of what the launch leaves on the device and the next writes anew
+    members: list[TensorBatch]  # by group, emptied
+    measured: list[TrustRatios]  # of each, views of what the launch leaves on the device and the next writes anew
+    stepped: list[Tensor]  # the owners that have a gradient now
     baked: BakedTable | None = None  # the gradients' addresses in the graph that is being captured, or was last
+    measured_in_graph: list[TrustRatios] = field(default_factory=list)
     #: By work list, and whether gradients are unscaled.
     again: dict[tuple[int, bool], Again] = field(default_factory=dict)
 
@@ -185,21 +189,21 @@ class FusedPass:
                 self.buckets[key] = Bucket(self.device, chunk, self.window)
             tensors = tensors_of(members, state, blends, None if self.shards is None else self.shards.row)
             self.buckets[key].refresh(tensors)
-            ratios = self.buckets[key].ratios.split([len(batch.positions) for batch in members])
-            measured = [TrustRatios(b.group_index, b.positions, r) for b, r in zip(members, ratios, strict=True)]
             owners = [owner for batch in members for owner in batch.owners]
-            self.launches.append(Launch(self.buckets[key], key, owners, measured))
+            emptied = [batch.emptied() for batch in members]
+            measured = _measured(emptied, self.buckets[key].ratios, self.buckets[key].grads)
+            self.launches.append(Launch(self.buckets[key], key, owners, emptied, measured, []))
         counts = [launch.bucket.sync_count for launch in self.launches]
         self.sync = torch.empty(sum(counts), dtype=torch.int32, device=self.device)
         for launch, sync in zip(self.launches, self.sync.split(counts), strict=True):
             launch.bucket.use_sync(sync)
         self._scan_rows: dict[tuple[Any, ...], Tensor] = {}
         in_order = sorted(
-            (batch.group_index, position, grad.data_ptr())
+            (batch.group_index, position, grad_address(grad))
             for batch in batches
             for position, grad in zip(batch.positions, batch.grads, strict=True)
         )
-        self._grad_addresses = host.integers(address for _, _, address in in_order)
+        addresses = self._grad_addresses = host.integers(address for _, _, address in in_order)
         #: Of all tensors, in the order of the groups.
         self.places: list[Place] = [(group_index, position) for group_index, position, _ in in_order]
         rank = {place: i for i, place in enumerate(self.places)}
@@ -209,32 +213,43 @@ class FusedPass:
         ]
         #: Of each launch, None where its order is that of the groups.
         self._grad_places = [None if own == [*range(len(rank))] else host.integers(own) for own in places]
+        self._note_missing(addresses, bool(addresses.all()))
 
     def follow_grads(self, addresses: Tensor) -> None:
-        """Point the tables to gradients at new addresses, int64 in the order of the groups, aligned as those before.
+        """Point the tables to gradients at new addresses, int64 in the order of the groups, aligned as those before, 0
+        where one is missing.
 
         A step that is being captured gets tables of its own, so that neither its replays nor other steps disturb each
         other.
         """
-        capturing = is_capturing(self.device)
-        if not capturing and torch.equal(addresses, self._grad_addresses):
+        if is_capturing(self.device):
+            self._follow_in_graph(addresses)
             return
-        of_launches = [addresses if places is None else addresses[places] for places in self._grad_places]
-        if capturing:
-            self._follow_in_graph([own.tolist() for own in of_launches])
+        self._note_missing(addresses, bool(addresses.all()))
+        if torch.equal(addresses, self._grad_addresses):
             return
-        for launch, own in zip(self.launches, of_launches, strict=True):
+        for launch, own in zip(self.launches, self._by_launch(addresses), strict=True):
             launch.bucket.refresh_grads(own)
         self._grad_addresses = addresses
 
-    def _follow_in_graph(self, of_launches: Sequence[Sequence[int]]) -> None:
+    def _by_launch(self, addresses: Tensor) -> list[Tensor]:
+        return [addresses if places is None else addresses[places] for places in self._grad_places]
+
+    def _note_missing(self, addresses: Tensor, all_there: bool) -> None:
+        """Whose version is to move, and that of whose gradients."""
+        for launch, own in zip(self.launches, self._by_launch(addresses), strict=True):
+            launch.stepped = launch.owners if all_there else list(compress(launch.owners, own.tolist()))
+
+    def _follow_in_graph(self, addresses: Tensor) -> None:
         """The same for a step that is being captured, into tables that the graph itself writes."""
+        self._note_missing(addresses, all_there=False)
         groups = self.group_table
         self._held_for_graphs += [self.sync, *groups.memory(), *self._scan_rows.values()]
         self._held_for_graphs += [] if self.shards is None else [self.shards]
-        for launch, own in zip(self.launches, of_launches, strict=True):
+        for launch, own in zip(self.launches, self._by_launch(addresses), strict=True):
             launch.baked = BakedTable(len(own), self.device)
-            launch.baked.write(own)
+            launch.baked.write(own.tolist())
+            launch.measured_in_graph = _measured(launch.members, launch.bucket.ratios, launch.baked.values)
             self._held_for_graphs += [launch.baked, *launch.bucket.memory()]
 
     def scan(self) -> dict[tuple[Any, ...], Tensor]:
@@ -291,10 +306,10 @@ class FusedPass:
                     self._launch_ratios(launch, self.shards)
                     self._launch_pass(launch, 1)
                 # Autograd must notice the writes that it cannot see.
-                increment_version(launch.owners)
+                increment_version(launch.stepped)
                 if self._unscale:
-                    increment_version([owner.grad for owner in launch.owners if owner.grad is not None])
-                measured += launch.members
+                    increment_version([owner.grad for owner in launch.stepped if owner.grad is not None])
+                measured += launch.measured_in_graph if is_capturing(self.device) else launch.measured
         return measured
 
     def run(
@@ -411,6 +426,15 @@ class FusedPass:
 
     def _grads_of(self, launch: Launch) -> Tensor:
         return launch.baked.values if launch.baked and is_capturing(self.device) else launch.bucket.grads
+
+
+def _measured(members: Sequence[TensorBatch], ratios: Tensor, grads: Tensor) -> list[TrustRatios]:
+    """Of the members of one launch, whose trust ratios and gradients' addresses these are, in its order."""
+    counts = [len(batch.positions) for batch in members]
+    return [
+        TrustRatios(batch.group_index, batch.positions, some, addresses)
+        for batch, some, addresses in zip(members, ratios.split(counts), grads.split(counts), strict=True)
+    ]
 
 
 @functools.cache

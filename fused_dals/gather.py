@@ -48,7 +48,9 @@ class TensorBatch:
     grads: list[Tensor] = field(default_factory=list)
     owners: list[Tensor] = field(default_factory=list)  # as groups and state hold them: DTensors, or params itself
     split_over: tuple[Any, ...] = ()  # the process groups that hold the rest of each tensor
-    absent: bool = False  # no gradient on this rank, perhaps one on others: stepped with zeros if there is one
+    #: No gradient on this rank. Shards are stepped with zeros if another rank has one; others are left as they are, in
+    #: tables that await one (awaited.py).
+    absent: bool = False
 
     def __post_init__(self) -> None:
         self.owners = self.owners or list(self.params)
@@ -134,7 +136,7 @@ def gather(
             if grad is None:
                 continue
             known = shapes[group_index] if group_index < len(shapes) else None
-            problem = why_flattened(param, position, len(group["params"]), known) or _problem(
+            problem = why_flattened(param, position, len(group["params"]), known) or problem_of(
                 param, grad, group, state.get(param)
             )
             if problem:
@@ -152,7 +154,7 @@ def gather(
     return list(batches.values())
 
 
-def _problem(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor] | None) -> str:
+def problem_of(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor] | None) -> str:
     """What is wrong with a parameter and what to do about it; empty if nothing is."""
     if problem := why_not_sharded(param):
         return problem
@@ -235,7 +237,7 @@ def create_missing_state(
                 if COMPENSATION_KEY not in dtypes:
                     state[param].pop(COMPENSATION_KEY, None)
                 if is_flat and param.grad is not None:  # that of others has not been checked, and is not stepped
-                    _lay_out_alike(param, state[param], [key for key in dtypes if key in state[param]])
+                    lay_out_alike(param, state[param], [key for key in dtypes if key in state[param]])
                 dtypes = {key: dtype for key, dtype in dtypes.items() if key not in (*state[param], *STATE_KEYS)}
             for key, dtype in dtypes.items():
                 if is_flat and not is_distributed_tensor(param):  # a DTensor of a view cannot be copied by deepcopy
@@ -255,7 +257,7 @@ def _layout_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     return local(first if isinstance(first, Tensor) and first.shape == param.shape else param).detach()
 
 
-def _lay_out_alike(param: Tensor, state: dict[str, Tensor], keys: Sequence[str]) -> None:
+def lay_out_alike(param: Tensor, state: dict[str, Tensor], keys: Sequence[str]) -> None:
     """One order of memory, without gaps, for these state tensors: kernels go through them as they lie."""
     first = local(state["grad_ema"])
     if not (is_plain(first) and is_dense(first)):

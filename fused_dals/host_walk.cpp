@@ -27,11 +27,27 @@
 
 namespace {
 
+// Whether a parameter has a gradient, as a plan knows it: of one that may miss, the plan takes no notice where it does.
+enum Planned : int64_t { NO_GRAD = 0, GRAD = 1, GRAD_MAY_MISS = 2 };
+
 struct Recorder {
   std::vector<int64_t>& numbers;
+  bool may_miss = false;
+  // Parameters whose gradients are planned and missing now, in the order of the groups.
+  const std::vector<PyObject*>* awaited = nullptr;
+  size_t next_awaited = 0;
+
   bool see(int64_t number) {
     numbers.push_back(number);
     return true;
+  }
+  bool see_presence(PyObject* param, bool has_grad, bool& planned) {
+    planned = has_grad;
+    if (!has_grad && awaited != nullptr && next_awaited < awaited->size() && (*awaited)[next_awaited] == param) {
+      planned = true;
+      next_awaited++;
+    }
+    return see(!planned ? NO_GRAD : may_miss ? GRAD_MAY_MISS : GRAD);
   }
 };
 
@@ -41,10 +57,21 @@ struct Matcher {
   Matcher(const int64_t* begin, const int64_t* end) : next(begin), end(end) {}
   explicit Matcher(const std::vector<int64_t>& all) : Matcher(all.data(), all.data() + all.size()) {}
   bool see(int64_t number) { return next != end && *next++ == number; }
+  bool see_presence(PyObject*, bool has_grad, bool& planned) {
+    if (done()) return false;
+    const int64_t known = *next++;
+    planned = known != NO_GRAD;
+    return has_grad ? planned : known != GRAD;
+  }
+  bool skip(int64_t count) {
+    if (end - next < count) return false;
+    next += count;
+    return true;
+  }
   bool done() const { return next == end; }
 };
 
-constexpr int64_t WIDE_BYTES = 16;  // as in buckets.py
+constexpr int64_t WIDE_BYTES = 16, NO_ELEMENTS = 16;  // as in buckets.py
 
 int64_t as_number(const void* address) { return reinterpret_cast<int64_t>(address); }
 
@@ -155,6 +182,16 @@ bool see_layout(Sink& sink, const c10::TensorImpl* tensor) {
   return sink.see(kind) && see_all(sink, tensor->sizes()) && (contiguous || see_all(sink, tensor->strides()));
 }
 
+// Of a gradient that is planned and missing: recorded as one that is laid out as the parameter is and as well aligned as
+// can be; matched by whatever it was.
+bool see_missing(Recorder& sink, const c10::TensorImpl* param) { return see_layout(sink, param) && sink.see(0); }
+bool see_missing(Matcher& sink, const c10::TensorImpl*) {
+  if (sink.done()) return false;
+  const int64_t kind = *sink.next, dims = kind >> 32;
+  const bool contiguous = (kind >> 24 & 1) != 0;
+  return sink.skip(1 + dims + (contiguous ? 0 : dims) + 1);
+}
+
 template <class Sink>
 bool collect_params(Sink& sink, PyObject* groups, std::vector<PyObject*>& params) {
   static PyObject* const key = PyUnicode_InternFromString("params");
@@ -252,32 +289,49 @@ void touch_version_of(PyObject* object) {
 template <class Sink>
 bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool distributed, const Addresses& addresses,
                 int64_t& at) {
-  std::vector<const c10::TensorImpl*> grads;
+  struct Grad {
+    const c10::TensorImpl *tensor, *param;  // null where it is planned and missing
+  };
+  std::vector<Grad> grads;
   const auto see_param = [&](PyObject* object) {
     const c10::TensorImpl *outer = outer_of(object), *param = tensor_of(object);
     if (param == nullptr || (distributed && !sink.see(outer->requires_grad()))) return false;
     if (outer != param && !sink.see(as_number(DTensors::slot(object, dtensors.spec)))) return false;
     const at::Tensor& grad = outer->grad();
+    bool planned = false;
+    if (!sink.see_presence(object, grad.defined(), planned)) return false;
+    const c10::TensorImpl* tensor = nullptr;
     if (grad.defined() && outer == param) {
-      grads.push_back(grad.unsafeGetTensorImpl());
+      tensor = grad.unsafeGetTensorImpl();
     } else if (grad.defined()) {
       PyObject* shards = dtensor_of_grad(object);
-      grads.push_back(shards == nullptr ? nullptr : tensor_of(shards));
-      if (grads.back() == nullptr) return false;
+      tensor = shards == nullptr ? nullptr : tensor_of(shards);
+      if (tensor == nullptr) return false;
     }
-    return see_layout(sink, param) && see_address(sink, param) &&
-           sink.see(grad.defined());
+    if (planned) grads.push_back({tensor, param});
+    return see_layout(sink, param) && see_address(sink, param);
   };
-  const auto see_grad = [&](const c10::TensorImpl* grad) {
-    if (!see_layout(sink, grad) || at == addresses.room) return false;
-    if (grad->storage().data() == nullptr && grad->numel() != 0) return false;
-    const int64_t address = as_number(address_of(sink, grad));
-    if (address == 0 && grad->numel() != 0) return false;  // a lazy clone, whose memory Python is to make
-    addresses.values[at++] = address;
+  const auto see_grad = [&](const Grad& grad) {
+    if (at == addresses.room) return false;
+    if (grad.tensor == nullptr) {
+      addresses.values[at++] = 0;
+      return see_missing(sink, grad.param);
+    }
+    const bool has_elements = grad.tensor->numel() != 0;
+    if (!see_layout(sink, grad.tensor) || (has_elements && grad.tensor->storage().data() == nullptr)) return false;
+    const int64_t address = as_number(address_of(sink, grad.tensor));
+    if (address == 0 && has_elements) return false;  // a lazy clone, whose memory Python is to make
+    addresses.values[at++] = address == 0 ? NO_ELEMENTS : address;
     return sink.see(address % WIDE_BYTES);
   };
+  const auto touch_grad = [](const Grad& grad) {
+    if (grad.tensor != nullptr) touch_tensor(grad.tensor);
+  };
+  const auto touch_memory_of_grad = [](const Grad& grad) {
+    if (grad.tensor != nullptr) touch_memory(grad.tensor);
+  };
   return for_each_ahead(begin, end, see_param, touch_object, touch_tensor_of, touch_memory_of) &&
-         for_each_ahead(grads.data(), grads.data() + grads.size(), see_grad, touch_tensor, touch_memory);
+         for_each_ahead(grads.data(), grads.data() + grads.size(), see_grad, touch_grad, touch_memory_of_grad);
 }
 
 // State tensors [begin, end).
@@ -347,8 +401,10 @@ bool see_part(Sink& sink, const Recording& recording, const std::vector<PyObject
   return of_params ? see_params(sink, begin, end, recording.distributed, addresses, at) : see_state(sink, begin, end);
 }
 
-bool record_walk(Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses) {
-  Recorder of_params{recording.params}, of_state{recording.state_tensors}, numbers{recording.numbers};
+bool record_walk(Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses, bool may_miss,
+                 const std::vector<PyObject*>& awaited) {
+  Recorder of_params{recording.params}, of_state{recording.state_tensors};
+  Recorder numbers{recording.numbers, may_miss, &awaited};
   std::vector<PyObject*> params;
   if (!collect_params(of_params, groups, params) || !recording.state.collect(of_state, state)) return false;
   int64_t at = 0;
@@ -436,13 +492,21 @@ PyObject* are_settled(PyObject* const* arguments) {
   return PyBool_FromLong(std::all_of(params.begin(), params.end(), is_settled));
 }
 
-// record(groups, state, addresses, distributed): what a walk saw, None where only Python understands it. `addresses`,
-// int64 on the CPU with room for all gradients, is filled in; `distributed`: there are DTensors.
+// record(groups, state, addresses, distributed, awaited): what a walk saw, None where only Python understands it.
+// `addresses`, int64 on the CPU with room for all planned gradients, is filled in, with 0 for a missing one;
+// `distributed`: there are DTensors; `awaited`: None where there have to be the same gradients at every step, else a list
+// of the parameters, in the order of the groups, whose gradients are planned although they miss now.
 PyObject* record(PyObject* const* arguments) {
   auto recording = std::make_unique<Recording>();
   recording->distributed = arguments[3] == Py_True;
   const auto addresses = memory_of<int64_t>(arguments[2], "addresses");
-  if (!record_walk(*recording, arguments[0], arguments[1], addresses)) Py_RETURN_NONE;
+  const bool may_miss = arguments[4] != Py_None;
+  TORCH_CHECK(!may_miss || PyList_Check(arguments[4]), "awaited must be a list or None");
+  std::vector<PyObject*> awaited;
+  for (Py_ssize_t i = 0; may_miss && i < PyList_GET_SIZE(arguments[4]); i++) {
+    awaited.push_back(PyList_GET_ITEM(arguments[4], i));
+  }
+  if (!record_walk(*recording, arguments[0], arguments[1], addresses, may_miss, awaited)) Py_RETURN_NONE;
   PyObject* capsule = PyCapsule_New(recording.get(), Recording::NAME, [](PyObject* capsule) {
     delete static_cast<Recording*>(PyCapsule_GetPointer(capsule, Recording::NAME));
   });
@@ -450,7 +514,8 @@ PyObject* record(PyObject* const* arguments) {
   return capsule;
 }
 
-// matches(recording, groups, state, addresses): whether a walk sees what was recorded; then `addresses` are of now.
+// matches(recording, groups, state, addresses): whether a walk sees what was recorded; then `addresses` are of now, 0 for
+// a gradient that is missing and may be.
 PyObject* matches(PyObject* const* arguments) {
   TORCH_CHECK(PyCapsule_IsValid(arguments[0], Recording::NAME), "recording must be what record returned");
   auto& recording = *static_cast<Recording*>(PyCapsule_GetPointer(arguments[0], Recording::NAME));
@@ -566,7 +631,7 @@ PyMethodDef method(const char* name) {
 PyMethodDef methods[] = {
     method<1, know_dtensors>("know_dtensors"),
     method<1, are_settled>("are_settled"),
-    method<4, record>("record"),
+    method<5, record>("record"),
     method<4, matches>("matches"),
     method<3, same_groups>("same_groups"),
     method<2, read_plain_lrs>("read_plain_lrs"),

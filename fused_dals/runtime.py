@@ -18,7 +18,7 @@ from fused_dals.live_groups import LiveGroups
 from fused_dals.loss_signal import LossSignal
 from fused_dals.reference import raw_blend
 from fused_dals.run_state import RunState
-from fused_dals.sharding import Partitions, Shards
+from fused_dals.sharding import Partitions, Place, Shards
 from fused_dals.stats import TrustRatios
 from fused_dals.steady import Steady
 
@@ -42,6 +42,8 @@ class Runtime:
     state: RunState = field(default_factory=RunState)
     loss: LossSignal = field(default_factory=LossSignal)
     live_groups: LiveGroups = field(default_factory=LiveGroups)
+    #: Who had a gradient when kernels did the whole step. A place that goes to somebody else is one more to await.
+    had_grads: set[Place] = field(default_factory=set)
     trust_ratios: list[TrustRatios] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
     fused: dict[torch.device, FusedPass] = field(default_factory=dict)

@@ -42,9 +42,3 @@ def own_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
             if expanded or grad.data_ptr() in seen:
                 param.grad = like(param, torch.empty_like(local(param), dtype=grad.dtype).copy_(grad))
             seen.add(grad.data_ptr())
-
-
-def any_twice(addresses: Tensor) -> bool:
-    """Whether two gradients begin in the same place; 0 stands for one without memory."""
-    places = [address for address in addresses.tolist() if address]
-    return len(set(places)) < len(places)

@@ -21,7 +21,7 @@ class TrustRatios:
     group_index: int
     positions: Sequence[int]
     values: Tensor
-    stepped: Tensor | None = None  # whether each was, where this rank had no gradient to tell, bool [n]
+    stepped: Tensor | None = None  # not 0 where a parameter was, where that is not known of all, [n]
 
 
 def trust_ratios_by_label(groups: Sequence[Mapping[str, Any]], measured: Sequence[TrustRatios]) -> dict[str, float]:

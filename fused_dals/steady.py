@@ -9,17 +9,17 @@ from itertools import chain
 from torch import Tensor
 
 from fused_dals import host
+from fused_dals.buckets import NO_ELEMENTS
 from fused_dals.fingerprint import CompiledFingerprint, Fingerprint, Groups, State
 from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
-from fused_dals.scan import any_twice
 
 
 @dataclass
 class Steady:
     """Passes and batches that did the whole last step, and what they were found fit for.
 
-    Between them they have every parameter that has a gradient, and no other.
+    Between them they have every parameter that has a gradient. Passes may have others too, which await one.
     """
 
     passes: list[FusedPass]
@@ -45,8 +45,9 @@ class Steady:
         return addresses is not None
 
     def any_grad_twice(self) -> bool:
-        """Whether two of the gradients begin in the same place."""
-        return any_twice(self._addresses)
+        """Whether two gradients begin in the same place, of those that are there and have elements."""
+        places = [address for address in self._addresses.tolist() if address not in (0, NO_ELEMENTS)]
+        return len(set(places)) < len(places)
 
     def passes_of_now(self) -> list[FusedPass]:
         """The passes, their tables pointed to where the gradients were found."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fused_dals import host
+from fused_dals.awaited import awaited_batches
 from fused_dals.batch_update import BatchUpdate
 from fused_dals.capture import check_capturable, check_losses_capturable, is_capturing
-from fused_dals.fingerprint import take_fingerprint
+from fused_dals.fingerprint import CompiledFingerprint, Fingerprint, take_fingerprint
 from fused_dals.fused import FusedPass, why_not_fused
 from fused_dals.gather import STATE_KEYS, TensorBatch, create_missing_state, gather, parameter_label
 from fused_dals.host_walk import HOST_WALK
@@ -77,7 +78,7 @@ class Stepper:
         read_on = home if read_in_place else None
         for loss in losses:
             runtime.loss.observe(loss, read_on=read_on)
-        passes = steady.passes_of_now() if steady else self._prepare(batches, fused, home)
+        passes = steady.passes_of_now() if steady else self._prepare(batches, fused, others, home)
         if passes is None:
             return
         self._run(passes, others, home, found_inf, grad_scale)
@@ -160,8 +161,8 @@ class Stepper:
             )
         if fused:
             raise RuntimeError(
-                "this step is being captured into a graph, and its parameters, their layout or the set of those with a "
-                "gradient differ from the last step's: take one more step like this one before capture"
+                "this step is being captured into a graph, and its parameters or their layout differ from the last "
+                "step's, or one has its first gradient: take one more step like this one before capture"
             )
         for batch in others:
             if not isinstance(self.groups[batch.group_index]["lr"], Tensor):
@@ -220,7 +221,11 @@ class Stepper:
     # -- the fused path -------------------------------------------------------------------------------------------
 
     def _prepare(
-        self, batches: Sequence[TensorBatch], fused: Sequence[TensorBatch], home: torch.device
+        self,
+        batches: Sequence[TensorBatch],
+        fused: Sequence[TensorBatch],
+        others: Sequence[TensorBatch],
+        home: torch.device,
     ) -> list[FusedPass] | None:
         """State for all batches, and the passes that serve ``fused``; None where the call is to create state alone."""
         only_creates_state = self._only_creates_state(batches, home)
@@ -231,14 +236,30 @@ class Stepper:
         if self.runtime.shards is not None:
             present = [place for batch in batches if not batch.absent for place in batch.places]
             self.runtime.shards.set_present(present)
-        return self._prepare_passes(fused)
+        return self._prepare_passes([*fused, *self._awaited(fused, others)])
+
+    def _awaited(self, fused: Sequence[TensorBatch], others: Sequence[TensorBatch]) -> list[TensorBatch]:
+        """Who is to be in the kernels' tables without a gradient, where kernels do the whole step."""
+        if not fused or others or self.runtime.distributed:
+            return []
+
+        def served(group: dict[str, Any], param: Tensor, grad: Tensor) -> bool:
+            return self._flat(group, param) and not why_not_fused(param, grad)
+
+        had_grads = self.runtime.had_grads
+        now = {place for batch in fused for place in batch.places}
+        earlier = had_grads - now
+        had_grads |= now
+        return awaited_batches(self.groups, self.state, earlier, fused, served) if earlier else []
 
     def _prepare_passes(self, batches: Sequence[TensorBatch]) -> list[FusedPass]:
         """The passes that serve these batches, device by device, with their tables written."""
         passes = []
         blends = [self.runtime.raw_blends(self.groups, index) for index in range(len(self.groups))] if batches else []
         for device in dict.fromkeys(map(_device, batches)):
-            fused = self.runtime.fused.setdefault(device, FusedPass(device))
+            fused = self.runtime.fused.get(device)
+            if fused is None:
+                fused = self.runtime.fused[device] = FusedPass(device)
             own = [batch for batch in batches if _device(batch) == device]
             fused.prepare(own, self.state, blends, self.runtime.shards)
             passes.append(fused)
@@ -251,7 +272,7 @@ class Stepper:
         devices = [*(fused.device for fused in passes), *map(_device, others)]
         if any(device.type != "cpu" for device in devices):
             HOST_WALK.want()
-        fingerprint = take_fingerprint(self.groups, self.state, self.runtime.distributed)
+        fingerprint = self._fingerprint(passes, others)
         if fingerprint is not None:
             batches = [batch.emptied() for batch in others]
             self.runtime.steady = Steady(passes, batches, fingerprint, self.runtime.plans, grads_are_own)
@@ -273,11 +294,20 @@ class Stepper:
         if not fits:
             return None
         if steady.fingerprint.is_outdated():
-            steady.fingerprint = (
-                take_fingerprint(self.groups, self.state, self.runtime.distributed) or steady.fingerprint
-            )
+            steady.fingerprint = self._fingerprint(steady.passes, steady.batches) or steady.fingerprint
         self.runtime.steady = steady
         return steady
+
+    def _fingerprint(
+        self, passes: Sequence[FusedPass], others: Sequence[TensorBatch]
+    ) -> Fingerprint | CompiledFingerprint | None:
+        """Of everything that these depend on."""
+        awaited: list[Tensor] | None = None
+        if not others and not self.runtime.distributed:
+            planned = sorted(place for fused in passes for place in fused.places)
+            params = [self.groups[group_index]["params"][position] for group_index, position in planned]
+            awaited = [param for param in params if param.grad is None]
+        return take_fingerprint(self.groups, self.state, self.runtime.distributed, awaited)
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -315,7 +345,7 @@ class Stepper:
         measured = self._step_batches(passes, others, scalars)
         if not any(fused.device == home for fused in passes):
             inputs.values.copy_(scalars[home].next_values if home in scalars else before.next_values())
-        if measured:
+        if measured or not others:  # a dropped step leaves what there was
             runtime.trust_ratios = measured
         if not alone:
             self._warn_without_loss(loss)

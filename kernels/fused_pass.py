@@ -290,6 +290,15 @@ def _look_and_draw(flag, counter):
 
 
 @triton.jit
+def end_of_chunk(start, numel, g_address, CHUNK: tl.constexpr):
+    """Of what there is to do: a tensor without a gradient is left as it is, its chunks drawn and announced for nothing.
+
+    So the work list stays while gradients come and go, and whoever waits for such a tensor finds a ratio, of zeros.
+    """
+    return tl.where(g_address == 0, start, tl.minimum(start + CHUNK, numel))
+
+
+@triton.jit
 def end_of_full_tiles(start, stop, access, TILE: tl.constexpr):
     """Where unmasked tiles of a chunk end, and what is masked begins: at once, where a tensor cannot be read wide."""
     full = start
@@ -380,7 +389,7 @@ def ratios_of_norms(
 @triton.jit(do_not_specialize=["item_count"])
 def fused_pass(
     tensors,  # int64 [n, TENSOR_WIDTH]
-    grads,  # int64 [n]: addresses of the gradients
+    grads,  # int64 [n]: addresses of the gradients, 0 where there is none
     dims,  # int64 [strided tensors, 3 * MAX_DIMS]
     blends,  # float32 [n]: b
     scalars,  # float32 [groups, SCALAR_WIDTH]
@@ -445,7 +454,7 @@ def fused_pass(
             upper = ((chunk * CHUNK) >> 32).to(tl.int32)
             key = mix(tl.load(row + ROUNDING_KEY).to(tl.int32) ^ tl.load(seed)) ^ mix(upper)
         start = chunk * CHUNK
-        stop = tl.minimum(start + CHUNK, numel)
+        stop = end_of_chunk(start, numel, addresses[1], CHUNK)
         full = end_of_full_tiles(start, stop, access, TILE)
 
         if item & 1 == 0:

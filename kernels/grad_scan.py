@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from fused_dals.kernels.columns import ACCESS, CHUNK_MASK, NUMEL, TENSOR_SHIFT, TENSOR_WIDTH
-from fused_dals.kernels.fused_pass import PIECE, RUN, end_of_full_tiles, offsets_of_piece, sums_of_runs
+from fused_dals.kernels.fused_pass import (
+    PIECE,
+    RUN,
+    end_of_chunk,
+    end_of_full_tiles,
+    offsets_of_piece,
+    sums_of_runs,
+)
 
 
 @triton.jit
@@ -27,7 +34,7 @@ def _measures(g):
 @triton.jit(do_not_specialize=["item_count"])
 def grad_scan(
     tensors,  # int64 [n, TENSOR_WIDTH]
-    grads,  # int64 [n]: addresses of the gradients
+    grads,  # int64 [n]: addresses of the gradients, 0 where there is none
     dims,  # int64 [strided tensors, 3 * MAX_DIMS]
     items,  # int64 [item_count], packed: every chunk once
     rows,  # float64 [programs, 2], written
@@ -53,7 +60,7 @@ def grad_scan(
         g_address = tl.load(grads + tensor)
         access = tl.load(row + ACCESS)
         start = ((item >> 1) & CHUNK_MASK) * CHUNK
-        stop = tl.minimum(start + CHUNK, tl.load(row + NUMEL))
+        stop = end_of_chunk(start, tl.load(row + NUMEL), g_address, CHUNK)
         full = end_of_full_tiles(start, stop, access, TILE)
         for tile in range(start, full, TILE):
             g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRAD_TYPE)), 16)

@@ -396,16 +396,16 @@ def test_what_the_compiled_walk_leaves_to_python(change: Callable[[Case], None],
 def test_groups_and_state_that_are_something_else_do_not_match(seed: int) -> None:
     case, walk = Case(), HOST_WALK.compiled
     addresses = torch.empty(5, dtype=torch.int64)
-    known = walk.record(case.groups, case.state, addresses, False)
+    known = walk.record(case.groups, case.state, addresses, False, None)
     assert walk.matches(known, case.groups, case.state, addresses)
     groups: Any
     state: Any
     for groups in (tuple(case.groups), [1, 2, 3], [{}, {}, {}], [{"params": 3}] * 3, [{"params": [1, 2]}] * 3, None):
         assert not walk.matches(known, groups, case.state, addresses)
-        assert walk.record(groups, case.state, addresses, False) is None
+        assert walk.record(groups, case.state, addresses, False, None) is None
     for state in ([], {"a": 1}, {"a": {"b": None}}, None):
         assert not walk.matches(known, case.groups, state, addresses)
-        assert walk.record(case.groups, state, addresses, False) is None
+        assert walk.record(case.groups, state, addresses, False, None) is None
     for room in (0, 4, 6):
         assert not walk.matches(known, case.groups, case.state, torch.empty(room, dtype=torch.int64))
 

@@ -32,11 +32,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def test_misuse_is_an_error(seed: int) -> None:
     walk = HOST_WALK.compiled
     groups, addresses = [{"params": [nn.Parameter(torch.ones(3))]}], torch.empty(0, dtype=torch.int64)
-    with pytest.raises(TypeError, match="expected 4 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 5 arguments, got 1"):
         walk.record(groups)
     for wrong in (torch.empty(4), torch.empty(8, dtype=torch.int64)[::2], [1, 2], None):
         with pytest.raises(RuntimeError, match="addresses must be"):
-            walk.record(groups, {}, wrong, False)
+            walk.record(groups, {}, wrong, False, None)
     with pytest.raises(RuntimeError, match="what record returned"):
         walk.matches("numbers", groups, {}, addresses)
     with pytest.raises(RuntimeError, match=r"^known must be a list$"):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,12 +23,16 @@ from fused_dals import DALS
 from fused_dals.host_walk import HOST_WALK
 from fused_dals.sharding import local
 
-#: What is stepped: plain tensors; DTensors, as FSDP2 has them; plain tensors whose gradients the step unscales.
-PLAIN, DTENSORS, UNSCALED = "plain", "DTensors", "unscaled"
+#: What is stepped: plain tensors; DTensors, as FSDP2 has them; plain tensors whose gradients the step unscales; plain
+#: tensors of which every tenth has no gradient, others at every step.
+PLAIN, DTENSORS, UNSCALED, MISSING = "plain", "DTensors", "unscaled", "some missing"
 
 #: Tensors, groups and kind of the cases: the first beside the second and the fourth give the cost of one more tensor,
 #: the second and the third that of one more group.
-CASES = ((10, 1, PLAIN), (300, 1, PLAIN), (300, 300, PLAIN), (10_000, 1, PLAIN), (300, 1, DTENSORS), (300, 1, UNSCALED))
+CASES = (
+    (10, 1, PLAIN), (300, 1, PLAIN), (300, 300, PLAIN), (10_000, 1, PLAIN),
+    (300, 1, DTENSORS), (300, 1, UNSCALED), (300, 1, MISSING),
+)  # fmt: skip
 ELEMENTS = 64
 
 #: How the optimizer looks for what changed: by host_walk.cpp, or without it.
@@ -60,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
         "step, tables, preparation of the launches, which are no-ops here. With new gradients at every step, as in "
         "training; with the compiled walk over the tensors and without it. 'new lr': every group's learning rate "
         "changed, too. 'addresses': reading every gradient and its address in Python. Then the same for DTensors, as "
-        "FSDP2 has them, and for gradients that the step unscales (amp_fused).",
+        "FSDP2 has them, for gradients that the step unscales (amp_fused), and where every tenth gradient is missing, "
+        "others at every step.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--repeats", type=int, default=200, help="timed steps per case")
@@ -135,12 +139,18 @@ def measure(tensors: int, groups: int, kind: str, walks: Sequence[str], repeats:
     costs = []
     with _one_rank() if kind == DTENSORS else nullcontext():
         named, gradients = _dtensors(tensors, device) if kind == DTENSORS else _plain(tensors, device)
+        if kind == MISSING:
+            gradients = [
+                [None if j % 10 == i else grad for j, grad in enumerate(some)] for i, some in enumerate(gradients)
+            ]
         for walk in walks:
             with using(walk):
                 params = [{"params": list(named[i::groups])} for i in range(groups)]
                 optimizer = DALS(params, depth=0.5, fused=True, amp_fused=kind == UNSCALED)
                 if kind == UNSCALED:  # as GradScaler hands them over
                     vars(optimizer).update(grad_scale=loss, found_inf=torch.zeros_like(loss))
+                if kind == MISSING:
+                    _step_with_all(optimizer, named, loss)
                 steps, addresses = _timed_steps(optimizer, named, gradients, loss, repeats, new_lr=False)
                 scheduled, _ = _timed_steps(optimizer, named, gradients, loss, repeats, new_lr=True)
             costs.append(HostCost(walk, tensors, groups, kind, *map(Spread.of, (steps, scheduled, addresses))))
@@ -149,7 +159,7 @@ def measure(tensors: int, groups: int, kind: str, walks: Sequence[str], repeats:
 
 Named: TypeAlias = list[tuple[str, torch.nn.Parameter]]
 #: The gradients of two steps that take turns.
-Gradients: TypeAlias = list[list[torch.Tensor]]
+Gradients: TypeAlias = Sequence[Sequence[torch.Tensor | None]]
 
 
 def _plain(count: int, device: str) -> tuple[Named, Gradients]:
@@ -182,6 +192,12 @@ def _dtensors(count: int, device: str) -> tuple[Named, Gradients]:
     return [(name, p) for (name, _), p in zip(named, params, strict=True)], gradients
 
 
+def _step_with_all(optimizer: DALS, named: Named, loss: torch.Tensor) -> None:
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    optimizer.step(loss=loss)
+
+
 def _timed_steps(
     optimizer: DALS,
     named: Named,
@@ -201,7 +217,7 @@ def _timed_steps(
         start = time.perf_counter()
         optimizer.step(loss=loss)
         middle = time.perf_counter()
-        list(map(torch.Tensor.data_ptr, map(local, map(attrgetter("grad"), [p for _, p in named]))))
+        [local(p.grad).data_ptr() for _, p in named if p.grad is not None]
         end = time.perf_counter()
         steps.append(middle - start)
         addresses.append(end - middle)

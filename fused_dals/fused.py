@@ -192,7 +192,7 @@ class FusedPass:
             owners = [owner for batch in members for owner in batch.owners]
             emptied = [batch.emptied() for batch in members]
             measured = _measured(emptied, self.buckets[key].ratios, self.buckets[key].grads)
-            self.launches.append(Launch(self.buckets[key], key, owners, emptied, measured, []))
+            self.launches.append(Launch(self.buckets[key], key, owners, emptied, measured, owners))
         counts = [launch.bucket.sync_count for launch in self.launches]
         self.sync = torch.empty(sum(counts), dtype=torch.int32, device=self.device)
         for launch, sync in zip(self.launches, self.sync.split(counts), strict=True):
@@ -213,7 +213,8 @@ class FusedPass:
         ]
         #: Of each launch, None where its order is that of the groups.
         self._grad_places = [None if own == [*range(len(rank))] else host.integers(own) for own in places]
-        self._note_missing(addresses, bool(addresses.all()))
+        self._is_missing = torch.zeros(len(rank), dtype=torch.bool, device="cpu")
+        self._note_missing(addresses)
 
     def follow_grads(self, addresses: Tensor) -> None:
         """Point the tables to gradients at new addresses, int64 in the order of the groups, aligned as those before, 0
@@ -222,10 +223,10 @@ class FusedPass:
         A step that is being captured gets tables of its own, so that neither its replays nor other steps disturb each
         other.
         """
+        self._note_missing(addresses)
         if is_capturing(self.device):
             self._follow_in_graph(addresses)
             return
-        self._note_missing(addresses, bool(addresses.all()))
         if torch.equal(addresses, self._grad_addresses):
             return
         for launch, own in zip(self.launches, self._by_launch(addresses), strict=True):
@@ -235,14 +236,17 @@ class FusedPass:
     def _by_launch(self, addresses: Tensor) -> list[Tensor]:
         return [addresses if places is None else addresses[places] for places in self._grad_places]
 
-    def _note_missing(self, addresses: Tensor, all_there: bool) -> None:
+    def _note_missing(self, addresses: Tensor) -> None:
         """Whose version is to move, and that of whose gradients."""
+        is_missing = addresses == 0
+        if torch.equal(is_missing, self._is_missing):
+            return
+        self._is_missing = is_missing
         for launch, own in zip(self.launches, self._by_launch(addresses), strict=True):
-            launch.stepped = launch.owners if all_there else list(compress(launch.owners, own.tolist()))
+            launch.stepped = list(compress(launch.owners, own.tolist()))
 
     def _follow_in_graph(self, addresses: Tensor) -> None:
         """The same for a step that is being captured, into tables that the graph itself writes."""
-        self._note_missing(addresses, all_there=False)
         groups = self.group_table
         self._held_for_graphs += [self.sync, *groups.memory(), *self._scan_rows.values()]
         self._held_for_graphs += [] if self.shards is None else [self.shards]

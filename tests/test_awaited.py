@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_dals import DALS, stepper
+from fused_dals import DALS, host, stepper
 from fused_dals.fused import FusedPass
 from tests.helpers import identical
+from tests.test_capture import capturing
 
 pytest.importorskip("triton")
 
@@ -277,3 +278,34 @@ def test_with_float64_parameters_beside_them_nobody_is_awaited(monkeypatch: pyte
             case.step([i == 1 or has for i, has in enumerate(some_of(draw))])
         results.append(case.tensors())
     assert identical(*results)
+
+
+def test_a_graph_leaves_alone_who_had_no_gradient_at_capture(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Whatever the steps before it, and those in between."""
+    monkeypatch.setattr(host, "knows", lambda tensor: False)
+    twins = [Case(monkeypatch, seed, capturable=True, lr=torch.tensor(0.1, device=DEVICE)) for _ in range(2)]
+    loss = torch.ones((), device=DEVICE)
+    grads = [torch.randn_like(p) for p in twins[0].params]
+
+    def step(case: Case, has_grad: list[bool]) -> None:
+        for p, grad, has in zip(case.params, grads, has_grad, strict=True):
+            p.grad = grad.clone(memory_format=torch.preserve_format) if has else None
+        case.optimizer.step(loss=loss)
+
+    captured, eager = twins
+    for case in twins:
+        step(case, ALL)
+    with capturing(monkeypatch) as graph:
+        step(captured, half(captured, True))
+    kept = [p.grad for p in captured.params]
+    step(eager, half(eager, True))
+    assert captured.optimizer.trust_ratios().keys() == eager.optimizer.trust_ratios().keys()
+    for has_grad in (half(eager, False), ALL):
+        graph.replay()
+        step(eager, half(eager, True))
+        for case in twins:
+            step(case, has_grad)
+        for p, grad in zip(captured.params, kept, strict=True):
+            p.grad = grad
+        for a, b in zip(captured.params, eager.params, strict=True):
+            assert torch.equal(a, b)

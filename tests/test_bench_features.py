@@ -27,7 +27,8 @@ from bench.gpu.graphs import check_graphs
 from bench.gpu.scale import Scale
 from bench.gpu.small_training import Training, Verdict, attempt, differing
 from bench.shapes import SHAPES
-from fused_dals import foreach, host, scan
+from fused_dals import foreach, host, scan, stepper
+from fused_dals.fingerprint import take_fingerprint
 from fused_dals.fused import FusedPass
 from fused_dals.gather import STATE_KEYS
 from tests.gpu_stand_ins import TINY, CpuMachine
@@ -111,13 +112,20 @@ def bad(checks: list[Check]) -> list[Check]:
     return [check for check in checks if not check.passed]
 
 
-COUNTS = {"self-check": 1, "scaling": 4, "clipping": 6, "narrow": 4, "scan": 1, "compile": 1}
+COUNTS = {"self-check": 1, "scaling": 4, "clipping": 6, "narrow": 4, "missing": 1, "scan": 1, "compile": 1}
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_checks_hold(machine: Recording, name: str) -> None:
     checks = run(machine, name)
     assert bad(checks) == [] and len(checks) == COUNTS[name]
+
+
+def test_tables_that_are_written_anew_are_noticed(machine: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a plan is for one set of gradients alone."""
+    monkeypatch.setattr(stepper, "take_fingerprint", lambda *args: take_fingerprint(*args[:3]))
+    (check,) = run(machine, "missing")
+    assert not check.passed and "tables were written 1 times" in check.detail
 
 
 def test_names() -> None:

@@ -13,6 +13,7 @@ from bench.host import (
     COMPILED_WALK,
     DTENSORS,
     IN_PYTHON,
+    MISSING,
     PLAIN,
     UNSCALED,
     HostCost,
@@ -41,7 +42,7 @@ def test_without_launches_nothing_is_computed_and_afterwards_it_is() -> None:
 
 
 @needs_walk
-@pytest.mark.parametrize("kind", [PLAIN, DTENSORS, UNSCALED])
+@pytest.mark.parametrize("kind", [PLAIN, DTENSORS, UNSCALED, MISSING])
 def test_a_case_is_measured(kind: str) -> None:
     walks = [COMPILED_WALK, IN_PYTHON]
     with without_launches():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS
+from fused_dals.buckets import grad_address
 from fused_dals.fingerprint import CompiledFingerprint, Fingerprint, take_fingerprint
 from fused_dals.host_walk import HOST_WALK
 from fused_dals.sharding import local, settle_gradients
@@ -77,7 +78,7 @@ class Case:
 
     def addresses(self) -> list[int]:
         grads = [p.grad for group in self.groups for p in group["params"]]
-        return [local(grad).data_ptr() for grad in grads if grad is not None]
+        return [grad_address(local(grad)) for grad in grads if grad is not None]
 
 
 def nothing(case: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_dals import DALS, host_walk
+from fused_dals.buckets import grad_address
 from fused_dals.fingerprint import CompiledFingerprint, Fingerprint
 from fused_dals.host_walk import HOST_WALK, Build, BuildError, HostWalk
 from fused_dals.live_groups import CHANGED
@@ -323,3 +325,55 @@ def test_the_command_builds_it_or_says_why_not() -> None:
     refused = subprocess.run([sys.executable, "-c", without_triton], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and "same results" in refused.stderr
     assert "It could not be built here: Triton is not installed" in refused.stderr
+
+
+@needs_walk
+def test_both_walks_say_where_planned_gradients_are(seed: int) -> None:
+    """Of thousands, which threads share: the same addresses, 0 for who has none, or that something else changed."""
+    draw = random.Random(seed)
+    params = [nn.Parameter(torch.randn(draw.choice([(3,), (2, 5), (), (0, 4)]), device=DEVICE)) for _ in range(1300)]
+    params[7].data = torch.randn(3, 2, device=DEVICE).T
+    groups = [{"params": params[:600]}, {"params": params[600:]}]
+    state: dict[Tensor, dict[str, Tensor]] = {p: {"h": torch.zeros_like(p)} for p in params}
+
+    def set_grads(share: float) -> None:
+        for p in params:
+            p.grad = torch.randn_like(p) if draw.random() < share else None
+
+    set_grads(0.5)
+    unplanned = params[draw.randrange(8, len(params))]
+    unplanned.grad = None
+    awaited = [p for p in params if p.grad is None and p is not unplanned]
+    compiled = CompiledFingerprint(HOST_WALK.want(wait=True), groups, state, False, awaited)
+    in_python = Fingerprint(groups, state, False, awaited)
+    for share in (0.0, 0.3, 0.9, 1.0):
+        set_grads(share)
+        unplanned.grad = None
+        found = [known.follow(groups, state) for known in (compiled, in_python)]
+        expected = [0 if p.grad is None else grad_address(p.grad) for p in params if p is not unplanned]
+        assert all(addresses is not None and addresses.tolist() == expected for addresses in found)
+
+    def wrong_dtype() -> None:
+        params[7].grad_dtype = None
+        params[7].grad = torch.randn_like(params[7], dtype=torch.bfloat16)
+
+    def wrong_strides() -> None:
+        params[7].grad = torch.randn(2, 3, device=DEVICE)
+
+    def wrong_alignment() -> None:
+        params[7].grad = torch.randn(7, device=DEVICE)[1:].as_strided((2, 3), (1, 2))
+
+    def not_planned() -> None:
+        unplanned.grad = torch.randn_like(unplanned)
+
+    for change in (wrong_dtype, wrong_strides, wrong_alignment, not_planned):
+        set_grads(0.5)
+        unplanned.grad = None
+        change()
+        assert [known.follow(groups, state) for known in (compiled, in_python)] == [None, None], change.__name__
+        params[7].grad = None
+    unplanned.grad = None
+    strict = CompiledFingerprint(HOST_WALK.compiled, groups, state, False), Fingerprint(groups, state, False)
+    assert all(known.follow(groups, state) is not None for known in strict)
+    next(p for p in params if p.grad is not None).grad = None
+    assert [known.follow(groups, state) for known in strict] == [None, None], "where none may miss"

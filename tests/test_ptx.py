@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -21,6 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_dals import host
+from fused_dals.buckets import grad_address
 from fused_dals.fused import TILE, FusedPass
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.kernels import layout
@@ -155,8 +157,11 @@ class Order:
     window: int | None = None
 
 
-def step(mix: Mix, emulator: Emulator | None, order: Order | None = None) -> Tensor:
-    """One step by the machine, or by Triton's interpreter where there is none; returns the trust ratios."""
+def step(mix: Mix, emulator: Emulator | None, order: Order | None = None, missing: Collection[int] = ()) -> Tensor:
+    """One step by the machine, or by Triton's interpreter where there is none; returns the trust ratios.
+
+    ``missing``: who has no gradient in this step, though the tables were made with one.
+    """
     order, variant = order or Order(), mix.variant
     state: dict[Tensor, dict[str, Tensor]] = {
         p: {"grad_ema": h, "momentum_buffer": m} for p, h, m in zip(mix.p, mix.h, mix.m, strict=True)
@@ -168,6 +173,7 @@ def step(mix: Mix, emulator: Emulator | None, order: Order | None = None) -> Ten
     shards = Shards({(0, i): RANKS for i in positions}, CPU) if variant.sharded else None
     batch = TensorBatch(0, positions, mix.p, mix.g, split_over=RANKS if variant.sharded else ())
     fused.prepare([batch], state, [mix.blends], shards)
+    fused.follow_grads(host.integers(0 if i in missing else grad_address(mix.g[i]) for i in positions))
     if emulator is not None:
         EmulatedLauncher(emulator, fused, mix.flat, order.seed, order.programs, order.resident)
     loss = StepLoss(torch.ones((), dtype=torch.float64), 1)
@@ -271,6 +277,25 @@ def check_as_exact_as_torch(variant: Variant, emulator: Emulator, seed: int) -> 
         assert ratio == pytest.approx(exact_ratio, rel=3e-7 if p.numel() >= 64 else 1e-3)
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.sharded], ids=str)
+def test_who_has_no_gradient_is_not_touched(variant: Variant, emulator: Emulator, seed: int) -> None:
+    """Nor does anybody else notice, whatever its size and layout; none of its memory is read."""
+    full = Mix(variant)
+    some, places = full.copy(), range(len(full.p))
+    before, missing = some.copy(), set(places[seed % 2 :: 2])
+    untouched = {id(t) for i in missing for t in (some.p[i], some.g[i], some.h[i], some.m[i], *some.c[i : i + 1])}
+    whole = step(full, emulator, Order(seed))
+    flat = some.flat
+    some.flat = lambda: [t for t in flat() if id(t) not in untouched]  # type: ignore[method-assign]
+    ratios = step(some, emulator, Order(seed, window=1), missing)
+    some.flat = flat  # type: ignore[method-assign]
+    for i in places:
+        other = before if i in missing else full
+        for name in ("p", "g", "h", "m", "c")[: 5 if some.c else 4]:
+            assert same(getattr(some, name)[i], getattr(other, name)[i]), (name, i)
+        assert ratios[i] == (1.0 if i in missing else whole[i])
+
+
 SMALL = (2 * CHUNK, 3, CHUNK + 700, 1)
 
 
@@ -360,6 +385,9 @@ def test_the_scan_of_the_gradients(dtype: torch.dtype, emulator: Emulator, seed:
         found.append(rows.clone())
     torch.testing.assert_close(*found, rtol=1e-15, atol=0, equal_nan=True)
     assert int(found[0][:, 1].sum()) == -(-SCAN_TILE // 9) + 1
+    fused.follow_grads(host.integers([0, *map(grad_address, grads[1:3]), 0]))
+    (rows,) = fused.scan().values()
+    assert int(rows[:, 1].sum()) == 1, "of those that are there"
     assert emulator.executed["ld.global.v4.b32"]
 
 

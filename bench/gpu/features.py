@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ FP32: Dtypes = (F32, F32, F32)
 SCAN_MODELS = ("resnet50", "gpt2")
 #: Bounds of the gradients' norm: always, sometimes and never reached.
 LIMITS = (1e-3, 0.5, 1e6)
-CLIPPED_STEPS, COMPENSATED_STEPS = 4, 10
+CLIPPED_STEPS, COMPENSATED_STEPS, MISSING_STEPS = 4, 10, 6
 #: Most seconds that inductor may take here; the eager backend says as much about recompiling.
 INDUCTOR_SECONDS = 20.0
 
@@ -44,6 +45,9 @@ def features(machine: Machine, samples: int, budget: CompileBudget, seed: int) -
         "scaling": lambda: _check_scaling(machine, seed),
         "clipping": lambda: _check_clipping(machine, seed),
         "narrow": lambda: _check_narrow(machine, seed),
+        "missing": lambda: [
+            attempt("gradients that come and go: no wait, bits as prepared anew", lambda: _missing(machine, seed))
+        ],
         "graphs": lambda: check_graphs(machine, seed),
         "self-check": lambda: [attempt("fused=None takes the kernels", lambda: _default_path(machine, seed))],
         "scan": lambda: _check_scan(machine, samples, seed),
@@ -53,7 +57,7 @@ def features(machine: Machine, samples: int, budget: CompileBudget, seed: int) -
     }
 
 
-FEATURES = ("scaling", "clipping", "narrow", "graphs", "self-check", "scan", "compile")
+FEATURES = ("scaling", "clipping", "narrow", "missing", "graphs", "self-check", "scan", "compile")
 #: Those that use the profiler, take times or compile, and so come when times have been taken.
 LATE_FEATURES = ("self-check", "scan", "compile")
 
@@ -193,6 +197,32 @@ def _scaled_by_hand(machine: Machine, seed: int, path: dict[str, Any]) -> Verdic
         verdict.demand(all(torch.equal(a, b) for a, b in grads), f"step {turn}: .grad is not the unscaled gradient")
         names = differing(scaled.numbers(), plain.numbers())
         verdict.demand(not names, f"step {turn}: {listed(names)} differ from an unscaled run")
+    return verdict
+
+
+# -- gradients that come and go --------------------------------------------------------------------------------------
+
+
+def _missing(machine: Machine, seed: int) -> Verdict:
+    verdict = Verdict()
+    ours, anew = (Training(machine.device, seed, fused=True) for _ in range(2))
+    for turn in range(MISSING_STEPS):
+        losses = [one.backward().detach() for one in (ours, anew)]
+        for one in (ours, anew):
+            for i, p in enumerate(one.model.parameters()):
+                if turn and (i + turn) % 3 != 0:
+                    p.grad = None
+        anew.optimizer._runtime.steady = None
+        anew.optimizer._runtime.had_grads.clear()
+        before = ours.optimizer._runtime.fused[machine.device].preparations if turn else 0
+        machine.wait()
+        with machine.no_waiting() if turn else nullcontext():
+            ours.optimizer.step(loss=losses[0])
+        anew.optimizer.step(loss=losses[1])
+        prepared = ours.optimizer._runtime.fused[machine.device].preparations - before
+        verdict.demand(prepared == (turn == 0), f"step {turn}: its tables were written {prepared} times")
+        names = differing(ours.numbers(), anew.numbers())
+        verdict.demand(not names, f"step {turn}: {listed(names)} differ")
     return verdict
 
 

@@ -34,7 +34,6 @@ class BatchUpdate:
         self.batch = batch
         self.scalars = scalars
         self.shards = shards if batch.split_over else None
-        self._together = group["foreach"] is not False
         grad_emas, momentum_buffers = (batch.state_of(state, key) for key in STATE_KEYS)
         compensations = batch.state_of(state, COMPENSATION_KEY)
         rounding: list[Rounding] = []
@@ -45,6 +44,8 @@ class BatchUpdate:
         arguments = scalars.of_group(group)
 
         written = batch.params + grad_emas + momentum_buffers + compensations
+        # Foreach calls refuse to write to tensors that negate lazily, after they have written to others.
+        self._together = group["foreach"] is not False and not any(map(Tensor.is_neg, written))
         if self._unscales():
             written += batch.grads
         # The device alone knows whether the step is dropped, and other ranks whether there is a gradient at all.

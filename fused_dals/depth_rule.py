@@ -143,6 +143,8 @@ class DepthMap:
         """``rule`` serves groups without one of their own; ``names`` are those of the full model, where known."""
         self.rule = check_rule(rule, where)
         self._explicit: dict[tuple[int, str], float] = {}
+        #: The same for names of which all is said that was said of any, wherever the groups have gone since.
+        self._by_name: dict[str, float] = {}
         self._groups_of_names: list[Sequence[str]] = [names]
         self._auto = depths_from_names(self._groups_of_names)
 
@@ -212,8 +214,14 @@ class DepthMap:
 
     def _learn(self, explicit: dict[tuple[int, str], float]) -> None:
         now = self._explicit | explicit
-        self.version += now != self._explicit
+        if now == self._explicit:
+            return
+        self.version += 1
         self._explicit = now
+        said: dict[str, set[float]] = {}
+        for (_, label), depth in now.items():
+            said.setdefault(label, set()).add(depth)
+        self._by_name = {label: depths.pop() for label, depths in said.items() if len(depths) == 1}
 
     def ranks_positions(self, group_index: int, labels: Iterable[str], fixed: float | None) -> bool:
         """Whether some parameter of an unnamed group gets its depth from its place in the group alone."""
@@ -235,4 +243,8 @@ class DepthMap:
             auto = [self._auto[name] for name in names]
         if not self._explicit:
             return auto
-        return [self._explicit.get((group_index, label), d) for label, d in zip(labels, auto, strict=True)]
+        by_name = {} if names is None else self._by_name  # other labels are places, which go to other parameters
+        return [
+            self._explicit.get((group_index, label), by_name.get(label, d))
+            for label, d in zip(labels, auto, strict=True)
+        ]

@@ -127,6 +127,7 @@ def gather(
             its shape is not that of the gradient or of the state; the message names the parameter.
     """
     batches: dict[tuple[Any, ...], TensorBatch] = {}
+    joined = {shape for some in shapes if some is not None for shape in some}
     for group_index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
             grad, over = param.grad, split_over(param)
@@ -135,7 +136,9 @@ def gather(
                 grad = like(param, torch.zeros((), dtype=param.dtype, device=param.device).expand(local(param).shape))
             if grad is None:
                 continue
-            known = shapes[group_index] if group_index < len(shapes) else None
+            # Groups may have been taken out, or have changed places: their shapes are known in any order.
+            is_known = group_index >= len(shapes) or tuple(param.shape) in joined
+            known = None if is_known else shapes[group_index]
             problem = why_flattened(param, position, len(group["params"]), known) or problem_of(
                 param, grad, group, state.get(param)
             )
@@ -226,6 +229,7 @@ def create_missing_state(
     compensation comes and goes with the group's flag: zeros are what a weight without one has.
     """
     flattened: dict[tuple[torch.device, str, torch.dtype], list[Tensor]] = {}
+    made: list[tuple[Tensor, str, Tensor]] = []  # put in its place when all is there: memory may run out before
     for group in groups:
         for param in group["params"]:
             trains = param.requires_grad or param.grad is not None
@@ -243,17 +247,18 @@ def create_missing_state(
                 if is_flat and not is_distributed_tensor(param):  # a DTensor of a view cannot be copied by deepcopy
                     flattened.setdefault((param.device, key, dtype), []).append(param)
                 else:
-                    zeros = torch.zeros_like(_layout_of(param, state[param]), dtype=dtype, requires_grad=False)
-                    state[param][key] = like(param, zeros)
+                    zeros = torch.zeros_like(_layout_of(param, state.get(param)), dtype=dtype, requires_grad=False)
+                    made.append((param, key, like(param, zeros)))
     for (_, key, dtype), params in flattened.items():
-        zeros_of_all = flat_zeros([_layout_of(param, state[param]) for param in params], dtype)
-        for param, value in zip(params, zeros_of_all, strict=True):
-            state[param][key] = value
+        zeros_of_all = flat_zeros([_layout_of(param, state.get(param)) for param in params], dtype)
+        made += [(param, key, value) for param, value in zip(params, zeros_of_all, strict=True)]
+    for param, key, value in made:
+        state[param][key] = value
 
 
-def _layout_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+def _layout_of(param: Tensor, state: Mapping[str, Any] | None) -> Tensor:
     """What further state is to lie in memory like: state that is there already, or else the parameter."""
-    first = state.get("grad_ema")
+    first = (state or {}).get("grad_ema")
     return local(first if isinstance(first, Tensor) and first.shape == param.shape else param).detach()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from fused_dals.capture import is_capturing
 from fused_dals.host import table_on
 from fused_dals.kernels import layout
 from fused_dals.live_groups import GroupsVersion
+from fused_dals.schedule import warmup_length
 
 _NO_MAX_GRAD_NORM = -1.0
 
@@ -106,7 +106,7 @@ class GroupTable:
             *group["ema_decay"],
             *group["phase_thresholds"],
             total_steps,
-            math.floor(group["warmup_fraction"] * total_steps),
+            warmup_length(total_steps, group["warmup_fraction"]),
             group["restart_steps"] or 0,
             group["restart_mult"],
             -1.0 if group["maximize"] else 1.0,

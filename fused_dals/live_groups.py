@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from operator import is_, is_not, itemgetter
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -16,12 +16,9 @@ from fused_dals import host
 from fused_dals.host_walk import HOST_WALK
 from fused_dals.hyperparameters import COUNTERS, PLAN_KEYS, TABLE_KEYS, check_hyperparameters, check_lr, check_names
 
-_plan_values, _table_values = itemgetter(*PLAN_KEYS), itemgetter(*TABLE_KEYS)
-
-
 _FREE = {"lr", *COUNTERS}
 
-#: In the place of a learning rate that is still to be found sound; None would be one that somebody wrote.
+#: In the place of what is still to be found sound; None would be a value that somebody wrote.
 _UNSOUND = object()
 
 #: What the compiled walk says of the groups: something but a learning rate changed, perhaps a learning rate, nothing.
@@ -37,8 +34,6 @@ class _Seen:
 
     keys: tuple[str, ...] = ()
     values: tuple[Any, ...] = ()  # in the order of the keys, None for lr
-    plan: tuple[Any, ...] = ()
-    table: tuple[Any, ...] = ()
     names: Any = None
 
 
@@ -121,20 +116,19 @@ class LiveGroups:
         self.seen[index] = _Seen()
         if "params" not in group:
             raise ValueError(f"{where}: 'params' is missing")
-        try:
-            plan, table = (*_plan_values(group), group.get("depth")), _table_values(group)
-        except KeyError:
-            check_hyperparameters(group, where)
-            raise
         names = _frozen(group.get("param_names"))
         check_names(names, where)
-        same_plan = len(seen.plan) == len(plan) and all(map(is_, plan, seen.plan)) and names == seen.names
-        same_table = len(seen.table) == len(table) and all(map(is_, table, seen.table))
-        if not (same_plan and same_table and "lr" in group):
+        known = dict(zip(seen.keys, seen.values, strict=True))
+
+        def unchanged(keys: Iterable[str]) -> bool:
+            return all(known.get(key, _UNSOUND) is group.get(key) for key in keys)
+
+        same_plan = unchanged(PLAN_KEYS) and known.get("depth") is group.get("depth") and names == seen.names
+        if not (same_plan and unchanged(TABLE_KEYS) and "lr" in group):
             check_hyperparameters(group, where)
             self.tables += 1
             self.plans += not same_plan
-        self.seen[index] = _Seen(tuple(group), _values(group), plan, tuple(map(_frozen, table)), names)
+        self.seen[index] = _Seen(tuple(group), _values(group), names)
 
     def _check_lrs(self, groups: Sequence[Mapping[str, Any]]) -> None:
         walk = HOST_WALK.compiled

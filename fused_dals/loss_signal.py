@@ -85,7 +85,7 @@ class LossSignal:
         a step that is under way, whose kernels are the next to run there, and not for one that may be captured: all its
         steps are to need the same kernels, compiled before capture.
         """
-        value = _as_scalar(loss)
+        value = as_scalar(loss)
         alone = self.pending is None and not self.average.active()
         if not (alone and value.device == read_on and _is_readable(value)):
             value = value.to(host.widest(value.device), copy=True)
@@ -186,7 +186,7 @@ def _is_readable(scalar: Tensor) -> bool:
     return plain and scalar.dtype in _READABLE and scalar.data_ptr() % ALIGNMENT == 0
 
 
-def _as_scalar(loss: Tensor | float) -> Tensor:
+def as_scalar(loss: Tensor | float) -> Tensor:
     """``loss`` detached and 0-dim, in its own memory if it is a tensor."""
     if not isinstance(loss, Tensor):
         if not hasattr(loss, "__float__"):

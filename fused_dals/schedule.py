@@ -16,6 +16,11 @@ from torch import Tensor
 MAX_STEPS = 2.0**40
 
 
+def warmup_length(total_steps: int, warmup_fraction: float) -> int:
+    """W, the steps of the linear warm-up."""
+    return math.floor(warmup_fraction * total_steps)
+
+
 def warmup_cosine(t: int, total_steps: int, warmup_fraction: float) -> float:
     """s(t) of a linear warm-up over ``W = floor(warmup_fraction * total_steps)`` steps, then a cosine to 0.
 
@@ -25,7 +30,7 @@ def warmup_cosine(t: int, total_steps: int, warmup_fraction: float) -> float:
     """
     if t >= total_steps:
         return 0.0
-    warmup_steps = math.floor(warmup_fraction * total_steps)
+    warmup_steps = warmup_length(total_steps, warmup_fraction)
     if t < warmup_steps:
         return t / warmup_steps
     progress = (t - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -76,7 +81,7 @@ def schedule_factor_of_tensor(
 ) -> float | Tensor:
     """The same for a t that only its device knows, 0-dim; 1 where there is no schedule."""
     if total_steps is not None:
-        warmup_steps = math.floor(warmup_fraction * total_steps)
+        warmup_steps = warmup_length(total_steps, warmup_fraction)
         progress = ((t - warmup_steps) / max(1, total_steps - warmup_steps)).clamp(max=1.0)
         planned = torch.where(t < warmup_steps, t / max(1, warmup_steps), (1 + torch.cos(math.pi * progress)) / 2)
         return torch.where(t >= total_steps, 0.0, planned)

@@ -17,7 +17,7 @@ from fused_dals.fingerprint import CompiledFingerprint, Fingerprint, take_finger
 from fused_dals.fused import FusedPass, why_not_fused
 from fused_dals.gather import STATE_KEYS, TensorBatch, create_missing_state, gather, parameter_label
 from fused_dals.host_walk import HOST_WALK
-from fused_dals.loss_signal import NO_LOSS_WARNING, StepLoss
+from fused_dals.loss_signal import NO_LOSS_WARNING, StepLoss, as_scalar
 from fused_dals.memory_order import is_plain
 from fused_dals.overlap import find_overlap
 from fused_dals.run_state import StepInputs
@@ -76,6 +76,8 @@ class Stepper:
             self._warn_after_schedule()
         read_in_place = steady and steady.alone and len(losses) == 1 and not runtime.live_groups.capturable
         read_on = home if read_in_place else None
+        if len(losses) > 1:  # one that is none must not leave another behind for the next step
+            list(map(as_scalar, losses))
         for loss in losses:
             runtime.loss.observe(loss, read_on=read_on)
         passes = steady.passes_of_now() if steady else self._prepare(batches, fused, others, home)

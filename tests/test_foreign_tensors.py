@@ -69,10 +69,11 @@ def momentum_set(optimizer: DALS, p: Any) -> None:
 )
 def test_state_in_any_layout(change: Callable[[DALS, Any], None]) -> None:
     """Kernels go through state as it lies, so that it is laid out anew for them."""
-    (_, expected), (optimizer, found) = (
-        steps(path, images, change) for path in (EVERY_PATH["reference"], EVERY_PATH["fused"])
+    (_, expected), (_, of_foreach), (optimizer, found) = (
+        steps(EVERY_PATH[path], images, change) for path in ("reference", "foreach", "fused")
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(of_foreach, expected, rtol=1e-5, atol=1e-6)
     (fused,) = optimizer._runtime.fused.values()
     assert fused.preparations == 2, "once more, after the change"
 

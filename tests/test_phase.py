@@ -242,6 +242,16 @@ def test_losses_of_a_refused_step_are_not_kept() -> None:
     assert optimizer.param_groups[0]["loss_ema"] == 1.0
 
 
+def test_a_bad_loss_leaves_no_good_one_behind() -> None:
+    """That of a closure, here, would be averaged into the next step's."""
+    optimizer = DALS(parameter())
+    optimizer.step(loss=1.0)
+    with pytest.raises(TypeError, match="got str"):
+        optimizer.step(lambda: torch.tensor(100.0), loss="bad")
+    optimizer.step(loss=1.0)
+    assert optimizer.param_groups[0]["loss_ema"] == 1.0
+
+
 def test_no_warning_once_a_loss_was_seen() -> None:
     optimizer = DALS(parameter())
     with warnings.catch_warnings():

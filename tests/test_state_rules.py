@@ -262,3 +262,32 @@ def test_a_converted_model_is_refused_with_the_way_out_and_goes_on_after_it(path
     optimizer.load_state_dict(optimizer.state_dict())
     train_step(model, optimizer, data)
     assert all(value.dtype == torch.float64 for entry in optimizer.state.values() for value in entry.values())
+
+
+@every_path
+@pytest.mark.parametrize("last", [1, 2])
+def test_memory_that_runs_out_leaves_no_half_state(path: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever catches it and frees memory can step again."""
+    model = Net()
+    optimizer = build(model, path)
+    model(batch(F32)[0]).square().mean().backward()
+    calls = 0
+
+    def short(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise torch.OutOfMemoryError("no memory")
+            return make(*args, **kwargs)
+
+        return made
+
+    with monkeypatch.context() as patch:
+        for name in ("zeros", "zeros_like"):
+            patch.setattr(torch, name, short(getattr(torch, name)))
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step(loss=1.0)
+    assert calls == last and not any(optimizer.state.values())
+    optimizer.step(loss=1.0)
+    assert optimizer.state_dict()["param_groups"][0]["step"] == 1

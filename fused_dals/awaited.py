@@ -32,7 +32,7 @@ def awaited_batches(
     trains no more or could not be stepped: what is wrong is said when there is a gradient. ``served(group, parameter,
     gradient)``: whether the kernels serve them.
     """
-    devices = {batch.params[0].device for batch in present}
+    devices = {batch.device for batch in present}
     batches: dict[tuple[Any, ...], TensorBatch] = {}
     for group_index, position in sorted(had_grads):
         group = groups[group_index] if group_index < len(groups) else {"params": ()}

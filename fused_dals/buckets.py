@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_dals.gather import COMPENSATION_KEY, TensorBatch
+from fused_dals.gather import COMPENSATION_KEY, STATE_KEYS, TensorBatch
 from fused_dals.host import integers, table_on
 from fused_dals.kernels import layout
 from fused_dals.memory_order import same_strides
@@ -31,20 +32,20 @@ WIDE_BYTES = 16
 NO_ELEMENTS = 16
 
 
-@dataclass
-class FusedTensors:
-    """The tensors of one bucket in list order, with what the table says of each."""
+@dataclass(slots=True)
+class FusedTensor:
+    """A parameter with its gradient and state, and what the table says of it."""
 
-    params: list[Tensor]
-    grads: list[Tensor]
-    grad_emas: list[Tensor]
-    momentum_buffers: list[Tensor]
-    compensations: list[Tensor]  # empty where parameters have none
-    groups: list[int]
-    blends: list[float]
-    rounding_keys: list[int]
-    norms_rows: list[int]  # empty where no tensor of the optimizer is a shard
-    split_over: list[tuple[Any, ...]]  # the process groups that hold the rest of each tensor
+    param: Tensor
+    grad: Tensor
+    grad_ema: Tensor
+    momentum_buffer: Tensor
+    compensation: Tensor | None = None
+    group: int = 0
+    blend: float = 0.5
+    rounding_key: int = 0
+    norms_row: int = 0
+    split_over: tuple[Any, ...] = ()  # the process groups that hold the rest of it
 
 
 @dataclass
@@ -69,36 +70,41 @@ class Bucket:
         self.sharded = False
         self.split_over: list[tuple[Any, ...]] = []
 
-    def refresh(self, tensors: FusedTensors) -> None:
+    def refresh(self, tensors: Sequence[FusedTensor], sharded: bool = False) -> None:
         """Write the tables for these tensors, and the work list where their sizes are new.
 
-        Where tensors are shards, stages A and B are apart, as the norms of the ranks are added up between them.
+        Where some tensors are shards, stages A and B are apart, as the norms of the ranks are added up between them.
 
         Raises RuntimeError, before anything is written, where strides leave too many dimensions.
         """
-        sizes = [p.numel() for p in tensors.params]
+        sizes = [some.param.numel() for some in tensors]
         chunks = [-(-size // self.chunk) for size in sizes]
         rows: list[tuple[int, ...]] = []
         dims: list[list[int]] = []
         first_chunk = 0
-        norms_rows = tensors.norms_rows or [0] * len(sizes)
-        c_addresses = [c.data_ptr() for c in tensors.compensations] or [0] * len(sizes)
-        quadruples = zip(tensors.params, tensors.grads, tensors.grad_emas, tensors.momentum_buffers, strict=True)
-        for i, (p, g, h, m) in enumerate(quadruples):
-            access, row_of_dims = _access(p, g, h, m, c_addresses[i]), 0
+        for some, size, count in zip(tensors, sizes, chunks, strict=True):
+            access, row_of_dims = _access(some), 0
             if access == layout.STRIDED:
                 row_of_dims = len(dims)
-                dims.append(_dims_row(p, g, h))
-            addresses = p.data_ptr(), h.data_ptr(), m.data_ptr(), c_addresses[i]
-            plan = sizes[i], first_chunk, chunks[i], tensors.groups[i], access, row_of_dims
-            rows.append((*addresses, *plan, tensors.rounding_keys[i], norms_rows[i]))
-            first_chunk += chunks[i]
-        if (sizes, bool(tensors.norms_rows), tensors.split_over) != (self.sizes, self.sharded, self.split_over):
-            self._plan(sizes, chunks, tensors)
+                dims.append(_dims_row(some.param, some.grad, some.grad_ema))
+            addresses = (
+                some.param.data_ptr(),
+                some.grad_ema.data_ptr(),
+                some.momentum_buffer.data_ptr(),
+                0 if some.compensation is None else some.compensation.data_ptr(),
+            )
+            plan = size, first_chunk, count, some.group, access, row_of_dims
+            rows.append((*addresses, *plan, some.rounding_key, some.norms_row))
+            first_chunk += count
+        split_over = [some.split_over for some in tensors]
+        if (sizes, sharded, split_over) != (self.sizes, self.sharded, self.split_over):
+            self.sizes, self.chunks, self.sharded, self.split_over = sizes, chunks, sharded, split_over
+            self._plan()
         self.tensors = self._upload(rows)
         self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
-        self.blends = table_on(self.device, torch.tensor(tensors.blends, dtype=torch.float32, device="cpu"))
-        self.refresh_grads(integers(map(grad_address, tensors.grads)))
+        blends = [some.blend for some in tensors]
+        self.blends = table_on(self.device, torch.tensor(blends, dtype=torch.float32, device="cpu"))
+        self.refresh_grads(integers(grad_address(some.grad) for some in tensors))
 
     def refresh_grads(self, addresses: Tensor) -> None:
         """Point to gradients elsewhere, of the same strides and as well aligned; the table keeps its memory.
@@ -107,20 +113,18 @@ class Bucket:
         """
         self.grads.copy_(addresses if self.device.type == "cpu" else addresses.pin_memory(), non_blocking=True)
 
-    def _plan(self, sizes: list[int], chunks: list[int], tensors: FusedTensors) -> None:
+    def _plan(self) -> None:
         """The work list and the scratch memory, which depend on sizes alone."""
-        self.sizes, self.chunks = sizes, chunks
-        self.sharded, self.split_over = bool(tensors.norms_rows), tensors.split_over
         if self.sharded:
-            stage_a = packed_chunks(chunks)
+            stage_a = packed_chunks(self.chunks)
             lists = [stage_a, stage_a.flip(0) | STAGE_B]  # newest first: what of it is left in the cache is read there
         else:
-            lists = [packed_work_list(chunks, self.window)]
+            lists = [packed_work_list(self.chunks, self.window)]
         self.lists = [WorkList(self._upload(items if len(items) else [0]), len(items)) for items in lists]
-        self.partials = torch.empty(2 * max(1, sum(chunks)), dtype=torch.float32, device=self.device)
-        self.grads = torch.empty(len(sizes), dtype=torch.int64, device=self.device)
+        self.partials = torch.empty(2 * max(1, sum(self.chunks)), dtype=torch.float32, device=self.device)
+        self.grads = torch.empty(len(self.sizes), dtype=torch.int64, device=self.device)
         # A tensor without elements has no chunk that would write its ratio.
-        self.ratios = torch.ones(len(sizes), dtype=torch.float32, device=self.device)
+        self.ratios = torch.ones(len(self.sizes), dtype=torch.float32, device=self.device)
         self._scan_lists: dict[tuple[Any, ...], Tensor] = {}
 
     def scan_lists(self) -> dict[tuple[Any, ...], Tensor]:
@@ -164,25 +168,29 @@ def tensors_of(
     batches: Iterable[TensorBatch],
     state: Mapping[Tensor, Mapping[str, Tensor]],
     blends: Sequence[Sequence[float]],
-    norms_row: Mapping[Place, int] | None,
-) -> FusedTensors:
+    norms_row: Mapping[Place, int],
+) -> list[FusedTensor]:
     """The batches of one bucket, one after the other; ``blends[g]`` has a raw blend per parameter of group g.
 
-    ``norms_row``: the row of every parameter's norms where some are added up over ranks.
+    ``norms_row``: the row of every parameter's norms, where some are added up over ranks.
     """
-    found = FusedTensors([], [], [], [], [], [], [], [], [], [])
+    found = []
     for batch in batches:
-        found.params += batch.params
-        found.grads += batch.grads
-        found.grad_emas += batch.state_of(state, "grad_ema")
-        found.momentum_buffers += batch.state_of(state, "momentum_buffer")
-        found.compensations += batch.state_of(state, COMPENSATION_KEY)
-        found.split_over += [batch.split_over] * len(batch.params)
-        found.norms_rows += [norms_row[place] for place in batch.places] if norms_row else []
-        found.groups += [batch.group_index] * len(batch.params)
-        found.blends += [blends[batch.group_index][position] for position in batch.positions]
-        rounded = found.grad_emas and found.grad_emas[0].dtype == torch.bfloat16
-        found.rounding_keys += batch.rounding_keys() if rounded else [0] * len(batch.params)
+        grad_emas, momentum_buffers = (batch.state_of(state, key) for key in STATE_KEYS)
+        of_each = zip(
+            batch.params,
+            batch.grads,
+            grad_emas,
+            momentum_buffers,
+            batch.state_of(state, COMPENSATION_KEY) or repeat(None),
+            repeat(batch.group_index),
+            [blends[batch.group_index][position] for position in batch.positions],
+            batch.rounding_keys() if grad_emas[0].dtype == torch.bfloat16 else repeat(0),
+            [norms_row.get(place, 0) for place in batch.places],
+            repeat(batch.split_over),
+            strict=False,
+        )
+        found += [FusedTensor(*one) for one in of_each]
     return found
 
 
@@ -191,11 +199,12 @@ def grad_address(grad: Tensor) -> int:
     return 0 if grad.is_meta else grad.data_ptr() or NO_ELEMENTS
 
 
-def _access(p: Tensor, g: Tensor, h: Tensor, m: Tensor, c_address: int) -> int:
+def _access(tensor: FusedTensor) -> int:
     """How the kernel may reach a tensor; its state is dense and alike, which gather.py sees to."""
+    p, g, h, m, c = tensor.param, tensor.grad, tensor.grad_ema, tensor.momentum_buffer, tensor.compensation
     if p.numel() > 0 and not (same_strides(p, h) and same_strides(g, h)):
         return int(layout.STRIDED)
-    aligned = c_address % WIDE_BYTES == 0 and all(t.data_ptr() % WIDE_BYTES == 0 for t in (p, g, h, m))
+    aligned = all(t is None or t.data_ptr() % WIDE_BYTES == 0 for t in (p, g, h, m, c))
     return int(layout.WIDE if aligned else layout.NARROW)
 
 

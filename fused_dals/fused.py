@@ -187,8 +187,8 @@ class FusedPass:
             if key not in self.buckets:
                 chunk = layout.chunk_elements(*(dtype.itemsize for dtype in key[:3]))
                 self.buckets[key] = Bucket(self.device, chunk, self.window)
-            tensors = tensors_of(members, state, blends, None if self.shards is None else self.shards.row)
-            self.buckets[key].refresh(tensors)
+            tensors = tensors_of(members, state, blends, {} if self.shards is None else self.shards.row)
+            self.buckets[key].refresh(tensors, sharded=self.shards is not None)
             owners = [owner for batch in members for owner in batch.owners]
             emptied = [batch.emptied() for batch in members]
             measured = _measured(emptied, self.buckets[key].ratios, self.buckets[key].grads)

@@ -61,6 +61,10 @@ class TensorBatch:
         return [place_key(self.group_index, position, shard) for position in self.positions]
 
     @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
     def places(self) -> list[Place]:
         return [(self.group_index, position) for position in self.positions]
 

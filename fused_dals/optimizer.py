@@ -368,7 +368,10 @@ class DALS(torch.optim.Optimizer):
         return int(self._runtime.state.numbers()["skipped_steps"])
 
     def trust_ratios(self) -> dict[str, float]:
-        """The trust ratio r of every parameter that the last step updated, by its name."""
+        """The trust ratio r of every parameter that the last step updated, by its name.
+
+        After a step that was dropped, those of the last one that was not, as far as they are of the same parameters.
+        """
         return trust_ratios_by_label(self.param_groups, self._runtime.trust_ratios)
 
     # -- checkpoints --------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class StepScalars:
             "trust_coefficient": float(group["trust_coefficient"]),
             "trust_clip": tuple(map(float, group["trust_clip"])),
             "momentum": float(group["momentum"]),
-            "lr": self._lr(group),
+            "lr": scheduled_lr(group, self.inputs.completed_steps),  # eta = lr s(t)
             "grad_factor": self._grad_factor(group),
         }
 
@@ -78,10 +78,6 @@ class StepScalars:
             number = alpha.item()
             return number, number == 1
         return alpha, alpha == 1 if 1 in group["ema_decay"] else False
-
-    def _lr(self, group: Mapping[str, Any]) -> float | Tensor:
-        """eta = lr s(t)."""
-        return scheduled_lr(group, self.inputs.completed_steps)
 
     def _grad_factor(self, group: Mapping[str, Any]) -> float | Tensor:
         """Sign and clipping of the gradients, and the inverse of a GradScaler's scale."""

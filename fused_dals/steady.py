@@ -33,9 +33,9 @@ class Steady:
         self._shares = _shares(self.passes, self.batches)
 
     @property
-    def alone(self) -> FusedPass | None:
-        """The pass that does everything, where it is one."""
-        return self.passes[0] if len(self.passes) == 1 and not self.batches else None
+    def is_one_pass(self) -> bool:
+        """Whether a single pass does everything."""
+        return len(self.passes) == 1 and not self.batches
 
     def still_fits(self, groups: Groups, state: State) -> bool:
         """Whether nothing has changed but the gradients' addresses, which it notes."""

@@ -74,7 +74,7 @@ class Stepper:
             runtime.captured = Captured(runtime.live_groups.clips, runtime.live_groups.skips, by_kernels=not others)
         else:
             self._warn_after_schedule()
-        read_in_place = steady and steady.alone and len(losses) == 1 and not runtime.live_groups.capturable
+        read_in_place = steady and steady.is_one_pass and len(losses) == 1 and not runtime.live_groups.capturable
         read_on = home if read_in_place else None
         if len(losses) > 1:  # one that is none must not leave another behind for the next step
             list(map(as_scalar, losses))
@@ -155,7 +155,7 @@ class Stepper:
         self, steady: Steady | None, fused: Sequence[TensorBatch], others: Sequence[TensorBatch]
     ) -> None:
         """Raise RuntimeError where a step that is being captured would have to prepare something first."""
-        devices = {one.device for one in steady.passes} if steady else set(map(_device, fused))
+        devices = {one.device for one in steady.passes} if steady else {batch.device for batch in fused}
         if devices and (others or len(devices) > 1):
             raise RuntimeError(
                 "this step is being captured into a graph, and it spans devices, or kernels and torch operations: "
@@ -184,7 +184,7 @@ class Stepper:
 
     def _home(self, batches: Sequence[TensorBatch]) -> torch.device:
         """Where the run state lives: with parameters that are stepped, on a GPU if there is one, and where it was."""
-        devices = list(dict.fromkeys(map(_device, batches)))
+        devices = list(dict.fromkeys(batch.device for batch in batches))
         if not devices and self.runtime.loss.average.active():
             # Nothing to step here, but sums to take part in, where the other ranks have theirs.
             devices = list(dict.fromkeys(param.device for group in self.groups for param in group["params"]))
@@ -258,11 +258,11 @@ class Stepper:
         """The passes that serve these batches, device by device, with their tables written."""
         passes = []
         blends = [self.runtime.raw_blends(self.groups, index) for index in range(len(self.groups))] if batches else []
-        for device in dict.fromkeys(map(_device, batches)):
+        for device in dict.fromkeys(batch.device for batch in batches):
             fused = self.runtime.fused.get(device)
             if fused is None:
                 fused = self.runtime.fused[device] = FusedPass(device)
-            own = [batch for batch in batches if _device(batch) == device]
+            own = [batch for batch in batches if batch.device == device]
             fused.prepare(own, self.state, blends, self.runtime.shards)
             passes.append(fused)
         return passes
@@ -271,7 +271,7 @@ class Stepper:
         """Let the next step go on with the batches and tables of this one, where it can be told what they depend on."""
         if not (passes or others) or any(batch.absent for batch in others):
             return
-        devices = [*(fused.device for fused in passes), *map(_device, others)]
+        devices = [*(fused.device for fused in passes), *(batch.device for batch in others)]
         if any(device.type != "cpu" for device in devices):
             HOST_WALK.want()
         fingerprint = self._fingerprint(passes, others)
@@ -338,7 +338,7 @@ class Stepper:
         inputs = self._scanned(inputs, passes, others)
         # The pass at home moves the run state; everybody else works from a copy of what it was.
         before = replace(inputs, values=inputs.values.clone()) if len(passes) > 1 or (passes and others) else inputs
-        scalars = {device: StepScalars(before.on(device)) for device in dict.fromkeys(map(_device, others))}
+        scalars = {device: StepScalars(before.on(device)) for device in dict.fromkeys(batch.device for batch in others)}
         if runtime.shards is not None:
             runtime.shards.begin()
         for fused in passes:
@@ -360,11 +360,11 @@ class Stepper:
         measured: list[TrustRatios] = []
         waiting: list[BatchUpdate] = []
         for batch in others:
-            if scalars[_device(batch)].dropped is True:
+            if scalars[batch.device].dropped is True:
                 continue
             blends = self.runtime.raw_blends(self.groups, batch.group_index)
             group = self.groups[batch.group_index]
-            update = BatchUpdate(batch, group, self.state, blends, scalars[_device(batch)], shards)
+            update = BatchUpdate(batch, group, self.state, blends, scalars[batch.device], shards)
             if batch.split_over:
                 waiting.append(update)
             else:
@@ -465,7 +465,3 @@ def _resolve_negation(batch: TensorBatch) -> None:
         if grad.is_neg():
             batch.grads[i] = grad.resolve_neg()
             batch.owners[i].grad = like(batch.owners[i], batch.grads[i])
-
-
-def _device(batch: TensorBatch) -> torch.device:
-    return batch.params[0].device

@@ -106,7 +106,7 @@ PAIRS = {
 
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of odd index live on the other device."""
-    monkeypatch.setattr(stepper, "_device", lambda batch: OTHER if batch.group_index % 2 else CPU)
+    monkeypatch.setattr(TensorBatch, "device", property(lambda batch: OTHER if batch.group_index % 2 else CPU))
 
 
 def in_groups(model: nn.Module, fused: tuple[bool, bool], **arguments: Any) -> DALS:
@@ -184,7 +184,7 @@ def test_a_second_device_is_what_its_stand_in_is_taken_for() -> None:
     """The negative control of this file: the two compare unequal, and batches are parted by them."""
     assert CPU != OTHER and len({CPU, OTHER}) == 2
     p = torch.ones(2)
-    assert stepper._device(TensorBatch(1, [0], [p], [p])) == CPU
+    assert TensorBatch(1, [0], [p], [p]).device == CPU
 
 
 # -- defaults that a program may have ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_dals.buckets import Bucket, FusedTensors, WorkList, joined_dims
+from fused_dals.buckets import Bucket, FusedTensor, WorkList, joined_dims
 from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
 from fused_dals.live_groups import GroupsVersion
@@ -34,10 +34,8 @@ def unpack(item: int) -> tuple[int, int, int]:
 
 def plan(sizes: Sequence[int]) -> Bucket:
     """The tables of tensors of these sizes, each a single element that is repeated without memory."""
-    bucket, count = Bucket(CPU, CHUNK, window=1), len(sizes)
-    lists = [[torch.zeros(1).expand(size) for size in sizes] for _ in range(4)]
-    same: dict[str, Any] = {"groups": [0] * count, "blends": [0.5] * count, "rounding_keys": [0] * count}
-    bucket.refresh(FusedTensors(*lists, [], **same, norms_rows=[], split_over=[()] * count))
+    bucket = Bucket(CPU, CHUNK, window=1)
+    bucket.refresh([FusedTensor(*(torch.zeros(1).expand(size) for _ in range(4))) for size in sizes])
     return bucket
 
 

@@ -50,7 +50,7 @@ class GroupTable:
         if version == self._version and addresses == self._addresses:
             return
         rows = self._rows
-        only_lrs = self._version is not None and version.numbers == self._version.numbers
+        only_lrs = self._version is not None and version.tables == self._version.tables
         if not only_lrs or any(addresses) or any(self._addresses):
             rows = [self._row(group, address) for group, address in zip(groups, addresses, strict=True)]
         new_rows, new_lrs, new_addresses = (

@@ -39,12 +39,12 @@ class _Seen:
 
 @dataclass(slots=True)
 class GroupsVersion:
-    """Equal as long as no hyperparameter changed; ``numbers`` also while nothing but learning rates did.
+    """Equal as long as no hyperparameter changed; ``tables`` also while nothing but learning rates did.
 
     ``plain_lrs``: float64 on the host, the learning rates where all are plain numbers; the next check writes it anew.
     """
 
-    numbers: int
+    tables: int
     lrs: int
     plain_lrs: Tensor | None = field(default=None, compare=False)
 

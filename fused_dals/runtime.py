@@ -54,7 +54,7 @@ class Runtime:
     #: Whether parameters are DTensors, and what their shards need of other ranks.
     distributed: bool = False
     shards: Shards | None = None
-    #: Address, size and strides of the parameters that were last seen to share no memory.
+    #: Address, size and strides of the parameters, and of state that kernels write, last seen to share no memory.
     memory: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_one_wrong_learning_rate_among_numbers_is_found(place: int, either_walk:
         for group in groups:
             group["lr"] = sound  # the largest add up to infinity
         live.check(groups)
-        assert live.version.lrs > version.lrs and live.version.numbers == version.numbers
+        assert live.version.lrs > version.lrs and live.version.tables == version.tables
         version = live.version
 
 

@@ -6,49 +6,71 @@ the kernels' tables keep whoever had a gradient once, and a step tells them who 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fused_dals.gather import STATE_KEYS, TensorBatch, lay_out_alike, problem_of, state_dtypes
+from fused_dals.gather import STATE_KEYS, Joined, TensorBatch, lay_out_alike, problem_of, state_dtypes
+from fused_dals.kernels.layout import MAX_DIMS
 from fused_dals.overlap import find_overlap
 from fused_dals.sharding import Place
 
-State = Mapping[Tensor, dict[str, Tensor]]
+#: Dtype and strides of the gradient that a parameter had when tables were last written with one.
+LastGrads: TypeAlias = dict[Place, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def note_grads(last: LastGrads, batches: Sequence[TensorBatch]) -> None:
+    """Take down what the gradients of these batches are like."""
+    for batch in batches:
+        for place, grad in zip(batch.places, batch.grads, strict=True):
+            last[place] = grad.dtype, grad.stride()
+
+
+def stand_in(param: Tensor, place: Place, last: LastGrads) -> Tensor | None:
+    """A gradient without memory, on the meta device, like the last one; None where that had other dimensions."""
+    dtype, strides = last[place]
+    if len(strides) != param.dim():
+        return None
+    return torch.empty_strided(param.shape, strides, dtype=dtype, device="meta")
 
 
 def awaited_batches(
     groups: Sequence[dict[str, Any]],
-    state: State,
-    had_grads: Iterable[Place],
+    state: Mapping[Tensor, dict[str, Tensor]],
+    last: LastGrads,
     present: Sequence[TensorBatch],
-    served: Callable[[dict[str, Any], Tensor, Tensor], bool],
+    joined: Joined,
+    served: Callable[[dict[str, Any], Tensor], bool],
 ) -> list[TensorBatch]:
-    """Batches of those at ``had_grads`` that have no gradient now, to be prepared with the ones that are ``present``.
+    """Batches of those that had a gradient and have none now, to be prepared with the ones that are ``present``.
 
-    Their gradients are stand-ins on the meta device, laid out as autograd would lay them out. Nobody is awaited who
-    trains no more or could not be stepped: what is wrong is said when there is a gradient. ``served(group, parameter,
-    gradient)``: whether the kernels serve them.
+    Nobody is awaited who does not train, or could not be stepped by the kernels: what is wrong is said when there is a
+    gradient. ``served(group, parameter)``: whether the kernels are to serve it, with a gradient that they can read.
     """
     devices = {batch.device for batch in present}
     batches: dict[tuple[Any, ...], TensorBatch] = {}
-    for group_index, position in sorted(had_grads):
-        group = groups[group_index] if group_index < len(groups) else {"params": ()}
-        if position >= len(group["params"]):
-            continue
+    for place in sorted(last):
+        group_index, position = place
+        if group_index >= len(groups) or position >= len(groups[group_index]["params"]):
+            continue  # groups were taken out
+        group = groups[group_index]
         param = group["params"][position]
-        entry, values = state.get(param), param.detach()
+        entry, grad = state.get(param), stand_in(param, place, last)
         if param.grad is not None or not param.requires_grad or param.device not in devices or not entry:
             continue
-        if problem_of(param, values, group, entry) or not served(group, param, values):
+        # Beyond MAX_DIMS it depends on strides whether kernels can follow; that is asked of real gradients.
+        if grad is None or param.dim() > MAX_DIMS or joined.why_flattened(param, place, len(group["params"])):
+            continue
+        if problem_of(param, grad, group, entry) or not served(group, param):
             continue
         lay_out_alike(param, entry, [key for key in state_dtypes(param, group) if key in entry])
-        batch = batches.setdefault((group_index, param.device, param.dtype), TensorBatch(group_index, absent=True))
+        key = group_index, param.device, param.dtype, grad.dtype
+        batch = batches.setdefault(key, TensorBatch(group_index, absent=True))
         batch.positions.append(position)
         batch.params.append(param)
-        batch.grads.append(torch.empty_like(values, device="meta"))
+        batch.grads.append(grad)
         batch.owners.append(param)
     found = list(batches.values())
     everybody = [*present, *found]

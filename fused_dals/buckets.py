@@ -102,8 +102,9 @@ class Bucket:
             self._plan()
         self.tensors = self._upload(rows)
         self.dims = self._upload(dims or [[1] * (3 * layout.MAX_DIMS)])
-        blends = [some.blend for some in tensors]
-        self.blends = table_on(self.device, torch.tensor(blends, dtype=torch.float32, device="cpu"))
+        self.blends = self._upload([some.blend for some in tensors], torch.float32)
+        # A tensor without elements has no chunk that would write its ratio.
+        self.ratios = self._upload([layout.NOT_STEPPED if size else 1.0 for size in sizes], torch.float32)
         self.refresh_grads(integers(grad_address(some.grad) for some in tensors))
 
     def refresh_grads(self, addresses: Tensor) -> None:
@@ -123,8 +124,6 @@ class Bucket:
         self.lists = [WorkList(self._upload(items if len(items) else [0]), len(items)) for items in lists]
         self.partials = torch.empty(2 * max(1, sum(self.chunks)), dtype=torch.float32, device=self.device)
         self.grads = torch.empty(len(self.sizes), dtype=torch.int64, device=self.device)
-        # A tensor without elements has no chunk that would write its ratio.
-        self.ratios = torch.ones(len(self.sizes), dtype=torch.float32, device=self.device)
         self._scan_lists: dict[tuple[Any, ...], Tensor] = {}
 
     def scan_lists(self) -> dict[tuple[Any, ...], Tensor]:
@@ -160,8 +159,8 @@ class Bucket:
         self.arrivals, self.ready, counters = sync.split(self._sync_parts())
         self.counters = counters.split(SYNC_PADDING)  # one per work list
 
-    def _upload(self, values: Sequence[object] | Tensor) -> Tensor:
-        return table_on(self.device, torch.as_tensor(values, dtype=torch.int64, device="cpu"))
+    def _upload(self, values: Sequence[object] | Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+        return table_on(self.device, torch.as_tensor(values, dtype=dtype, device="cpu"))
 
 
 def tensors_of(

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from fused_dals import host
-from fused_dals.buckets import NO_ELEMENTS, WIDE_BYTES
+from fused_dals.buckets import NO_ELEMENTS, WIDE_BYTES, grad_address
 from fused_dals.host_walk import HOST_WALK
 from fused_dals.memory_order import is_plain
 from fused_dals.sharding import local
 
 Groups: TypeAlias = Sequence[Mapping[str, Any]]
 State: TypeAlias = Mapping[Tensor, dict[str, Tensor]]
+#: Parameters in the order of the groups, each with a stand-in on the meta device for the gradient that it awaits.
+Awaited: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
@@ -38,14 +40,13 @@ class Fingerprint:
     they are aligned is not: it decides how the kernel may read them.
     """
 
-    def __init__(
-        self, groups: Groups, state: State, distributed: bool, awaited: Sequence[Tensor] | None = None
-    ) -> None:
+    def __init__(self, groups: Groups, state: State, distributed: bool, awaited: Awaited | None = None) -> None:
         """``distributed``: parameters are DTensors, of which this rank's shards are stepped. Their gradients have to be
         settled (sharding.py), now and whenever it is followed.
 
-        ``awaited``: parameters without a gradient for which one is planned all the same, as of one that is laid out as
-        they are; from step to step any planned gradient may then be missing. None where all have to be there.
+        ``awaited``: parameters without a gradient for which one is planned all the same, like the stand-in beside each
+        and as well aligned as can be; from step to step any planned gradient may then be missing. None where all have
+        to be there.
 
         Raises RuntimeError or TypeError where a tensor has no memory or state holds something else: none fits.
         """
@@ -78,14 +79,13 @@ class Fingerprint:
             *(list(map(_dtype, tensors)) for tensors in (params, state_tensors)),
             *(_layouts(tensors) for tensors in (params, state_tensors)),
         )
+        stand_ins = {id(param): grad for param, grad in awaited or ()}
         self._planned = self._has_grad
         aligned = [address % WIDE_BYTES for address in self._grad_addresses]
-        if awaited:
-            waiting = set(map(id, awaited))
-            self._planned = [has or id(p) in waiting for has, p in zip(self._has_grad, self._params, strict=True)]
-            grads = [p if p.grad is None else p.grad for p in compress(self._params, self._planned)]
-            of_present = iter(aligned)
-            aligned = [0 if p.grad is None else next(of_present) for p in compress(self._params, self._planned)]
+        if stand_ins:
+            self._planned = [has or id(p) in stand_ins for has, p in zip(self._has_grad, self._params, strict=True)]
+            grads = [stand_ins[id(p)] if p.grad is None else p.grad for p in compress(self._params, self._planned)]
+            aligned = [grad_address(grad) % WIDE_BYTES for grad in grads]
         self._of_grads = (aligned, list(map(_shape, grads)), list(map(_dtype, grads)), _layouts(grads))
 
     def is_outdated(self) -> bool:
@@ -127,7 +127,7 @@ class CompiledFingerprint:
     """The same for plain tensors and DTensors, by the compiled walk."""
 
     def __init__(
-        self, walk: Any, groups: Groups, state: State, distributed: bool, awaited: Sequence[Tensor] | None = None
+        self, walk: Any, groups: Groups, state: State, distributed: bool, awaited: Awaited | None = None
     ) -> None:
         """Raises TypeError where the walk leaves something to Python, RuntimeError where a tensor has no memory."""
         self._walk = walk
@@ -186,7 +186,7 @@ def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def take_fingerprint(
-    groups: Groups, state: State, distributed: bool, awaited: Sequence[Tensor] | None = None
+    groups: Groups, state: State, distributed: bool, awaited: Awaited | None = None
 ) -> Fingerprint | CompiledFingerprint | None:
     """The fingerprint, or None where there can be none: a sparse, meta or lazy tensor, a foreign entry in the state.
 

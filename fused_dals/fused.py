@@ -107,11 +107,9 @@ class Launch:
     bucket: Bucket
     key: BucketKey
     owners: list[Tensor]  # the parameters as the groups hold them
-    members: list[TensorBatch]  # by group, emptied
-    measured: list[TrustRatios]  # of each, views of what the launch leaves on the device and the next writes anew
+    measured: list[TrustRatios]  # by group, views of what the launch leaves on the device and the next writes anew
     stepped: list[Tensor]  # the owners that have a gradient now
     baked: BakedTable | None = None  # the gradients' addresses in the graph that is being captured, or was last
-    measured_in_graph: list[TrustRatios] = field(default_factory=list)
     #: By work list, and whether gradients are unscaled.
     again: dict[tuple[int, bool], Again] = field(default_factory=dict)
 
@@ -189,10 +187,10 @@ class FusedPass:
                 self.buckets[key] = Bucket(self.device, chunk, self.window)
             tensors = tensors_of(members, state, blends, {} if self.shards is None else self.shards.row)
             self.buckets[key].refresh(tensors, sharded=self.shards is not None)
+            ratios = self.buckets[key].ratios.split([len(batch.positions) for batch in members])
+            measured = [TrustRatios(b.group_index, b.positions, r) for b, r in zip(members, ratios, strict=True)]
             owners = [owner for batch in members for owner in batch.owners]
-            emptied = [batch.emptied() for batch in members]
-            measured = _measured(emptied, self.buckets[key].ratios, self.buckets[key].grads)
-            self.launches.append(Launch(self.buckets[key], key, owners, emptied, measured, owners))
+            self.launches.append(Launch(self.buckets[key], key, owners, measured, owners))
         counts = [launch.bucket.sync_count for launch in self.launches]
         self.sync = torch.empty(sum(counts), dtype=torch.int32, device=self.device)
         for launch, sync in zip(self.launches, self.sync.split(counts), strict=True):
@@ -208,7 +206,7 @@ class FusedPass:
         self.places: list[Place] = [(group_index, position) for group_index, position, _ in in_order]
         rank = {place: i for i, place in enumerate(self.places)}
         places = [
-            [rank[member.group_index, position] for member in launch.members for position in member.positions]
+            [rank[some.group_index, position] for some in launch.measured for position in some.positions]
             for launch in self.launches
         ]
         #: Of each launch, None where its order is that of the groups.
@@ -253,7 +251,6 @@ class FusedPass:
         for launch, own in zip(self.launches, self._by_launch(addresses), strict=True):
             launch.baked = BakedTable(len(own), self.device)
             launch.baked.write(own.tolist())
-            launch.measured_in_graph = _measured(launch.members, launch.bucket.ratios, launch.baked.values)
             self._held_for_graphs += [launch.baked, *launch.bucket.memory()]
 
     def scan(self) -> dict[tuple[Any, ...], Tensor]:
@@ -313,7 +310,7 @@ class FusedPass:
                 increment_version(launch.stepped)
                 if self._unscale:
                     increment_version([owner.grad for owner in launch.stepped if owner.grad is not None])
-                measured += launch.measured_in_graph if is_capturing(self.device) else launch.measured
+                measured += launch.measured
         return measured
 
     def run(
@@ -430,15 +427,6 @@ class FusedPass:
 
     def _grads_of(self, launch: Launch) -> Tensor:
         return launch.baked.values if launch.baked and is_capturing(self.device) else launch.bucket.grads
-
-
-def _measured(members: Sequence[TensorBatch], ratios: Tensor, grads: Tensor) -> list[TrustRatios]:
-    """Of the members of one launch, whose trust ratios and gradients' addresses these are, in its order."""
-    counts = [len(batch.positions) for batch in members]
-    return [
-        TrustRatios(batch.group_index, batch.positions, some, addresses)
-        for batch, some, addresses in zip(members, ratios.split(counts), grads.split(counts), strict=True)
-    ]
 
 
 @functools.cache

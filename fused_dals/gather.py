@@ -117,21 +117,32 @@ def unique_labels(groups: Sequence[Mapping[str, Any]], places: Sequence[tuple[in
     ]
 
 
+class Joined:
+    """The shapes of each group's parameters when it joined, None where they were not known."""
+
+    def __init__(self, shapes: Sequence[Sequence[tuple[int, ...]] | None]) -> None:
+        self._shapes = shapes
+        self._all = {shape for some in shapes if some is not None for shape in some}
+
+    def why_flattened(self, param: Tensor, place: Place, count: int) -> str:
+        """As of sharding.py; ``count``: of the parameters in its group now."""
+        group_index, position = place
+        # Groups may have been taken out, or have changed places: their shapes are known in any order.
+        if group_index >= len(self._shapes) or tuple(param.shape) in self._all:
+            return ""
+        return why_flattened(param, position, count, self._shapes[group_index])
+
+
 def gather(
-    groups: Sequence[dict[str, Any]],
-    state: Mapping[Tensor, Mapping[str, Tensor]],
-    shapes: Sequence[Sequence[tuple[int, ...]] | None],
+    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]], joined: Joined
 ) -> list[TensorBatch]:
     """Batches of everything that has a gradient, and of shards whose gradient only other ranks may have.
-
-    ``shapes``: those of each group's parameters when it joined, where they were known.
 
     Raises:
         RuntimeError: a gradient is sparse, a parameter or gradient has a dtype or device that DALS cannot serve, or
             its shape is not that of the gradient or of the state; the message names the parameter.
     """
     batches: dict[tuple[Any, ...], TensorBatch] = {}
-    joined = {shape for some in shapes if some is not None for shape in some}
     for group_index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
             grad, over = param.grad, split_over(param)
@@ -140,10 +151,7 @@ def gather(
                 grad = like(param, torch.zeros((), dtype=param.dtype, device=param.device).expand(local(param).shape))
             if grad is None:
                 continue
-            # Groups may have been taken out, or have changed places: their shapes are known in any order.
-            is_known = group_index >= len(shapes) or tuple(param.shape) in joined
-            known = None if is_known else shapes[group_index]
-            problem = why_flattened(param, position, len(group["params"]), known) or problem_of(
+            problem = joined.why_flattened(param, (group_index, position), len(group["params"])) or problem_of(
                 param, grad, group, state.get(param)
             )
             if problem:

@@ -27,25 +27,25 @@
 
 namespace {
 
-// Whether a parameter has a gradient, as a plan knows it: of one that may miss, the plan takes no notice where it does.
+// Whether a plan is made for a gradient of a parameter, and whether that may be missing without another plan.
 enum Planned : int64_t { NO_GRAD = 0, GRAD = 1, GRAD_MAY_MISS = 2 };
 
 struct Recorder {
   std::vector<int64_t>& numbers;
   bool may_miss = false;
-  // Parameters whose gradients are planned and missing now, in the order of the groups.
-  const std::vector<PyObject*>* awaited = nullptr;
+  // Parameters whose gradients are planned and missing now, in the order of the groups, and what stands in for those.
+  const std::vector<std::pair<PyObject*, const c10::TensorImpl*>>* awaited = nullptr;
   size_t next_awaited = 0;
 
   bool see(int64_t number) {
     numbers.push_back(number);
     return true;
   }
-  bool see_presence(PyObject* param, bool has_grad, bool& planned) {
+  bool see_presence(PyObject* param, bool has_grad, bool& planned, const c10::TensorImpl*& stand_in) {
     planned = has_grad;
-    if (!has_grad && awaited != nullptr && next_awaited < awaited->size() && (*awaited)[next_awaited] == param) {
+    if (!has_grad && awaited != nullptr && next_awaited < awaited->size() && (*awaited)[next_awaited].first == param) {
       planned = true;
-      next_awaited++;
+      stand_in = (*awaited)[next_awaited++].second;
     }
     return see(!planned ? NO_GRAD : may_miss ? GRAD_MAY_MISS : GRAD);
   }
@@ -57,7 +57,7 @@ struct Matcher {
   Matcher(const int64_t* begin, const int64_t* end) : next(begin), end(end) {}
   explicit Matcher(const std::vector<int64_t>& all) : Matcher(all.data(), all.data() + all.size()) {}
   bool see(int64_t number) { return next != end && *next++ == number; }
-  bool see_presence(PyObject*, bool has_grad, bool& planned) {
+  bool see_presence(PyObject*, bool has_grad, bool& planned, const c10::TensorImpl*&) {
     if (done()) return false;
     const int64_t known = *next++;
     planned = known != NO_GRAD;
@@ -169,12 +169,12 @@ bool see_all(Sink& sink, c10::IntArrayRef numbers) {
 constexpr c10::DispatchKeySet NOT_PLAIN({c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
                                          c10::DispatchKey::ZeroTensor});
 
-// Dtype, device, sizes, and strides of what is not contiguous; false for what only Python understands.
+// Dtype, device, sizes, and strides of what is not contiguous, as if it were on `device`; false for what only Python
+// understands.
 template <class Sink>
-bool see_layout(Sink& sink, const c10::TensorImpl* tensor) {
+bool see_layout(Sink& sink, const c10::TensorImpl* tensor, c10::Device device) {
   if (tensor->key_set().has_any(NOT_PLAIN) || tensor->layout() != c10::kStrided) return false;
   const bool contiguous = tensor->is_contiguous();
-  const c10::Device device = tensor->device();
   const int64_t kind = static_cast<int64_t>(c10::typeMetaToScalarType(tensor->dtype())) |
                        static_cast<int64_t>(device.type()) << 8 |
                        static_cast<int64_t>(static_cast<uint8_t>(device.index())) << 16 |
@@ -182,14 +182,26 @@ bool see_layout(Sink& sink, const c10::TensorImpl* tensor) {
   return sink.see(kind) && see_all(sink, tensor->sizes()) && (contiguous || see_all(sink, tensor->strides()));
 }
 
-// Of a gradient that is planned and missing: recorded as one that is laid out as the parameter is and as well aligned as
-// can be; matched by whatever it was.
-bool see_missing(Recorder& sink, const c10::TensorImpl* param) { return see_layout(sink, param) && sink.see(0); }
-bool see_missing(Matcher& sink, const c10::TensorImpl*) {
+template <class Sink>
+bool see_layout(Sink& sink, const c10::TensorImpl* tensor) {
+  return see_layout(sink, tensor, tensor->device());
+}
+
+// Past what see_layout saw.
+bool skip_layout(Matcher& sink) {
   if (sink.done()) return false;
   const int64_t kind = *sink.next, dims = kind >> 32;
   const bool contiguous = (kind >> 24 & 1) != 0;
-  return sink.skip(1 + dims + (contiguous ? 0 : dims) + 1);
+  return sink.skip(1 + dims + (contiguous ? 0 : dims));
+}
+
+// Of a gradient that is planned and missing: recorded as what stands in for it, on the parameter's device and as well
+// aligned as can be; matched by whatever it was.
+bool see_missing(Recorder& sink, const c10::TensorImpl* stand_in, const c10::TensorImpl* param) {
+  return see_layout(sink, stand_in, param->device()) && sink.see(0);
+}
+bool see_missing(Matcher& sink, const c10::TensorImpl*, const c10::TensorImpl*) {
+  return skip_layout(sink) && sink.skip(1);
 }
 
 template <class Sink>
@@ -290,7 +302,9 @@ template <class Sink>
 bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool distributed, const Addresses& addresses,
                 int64_t& at) {
   struct Grad {
-    const c10::TensorImpl *tensor, *param;  // null where it is planned and missing
+    const c10::TensorImpl* tensor;  // null where it is planned and missing
+    const c10::TensorImpl* stand_in;
+    const c10::TensorImpl* param;
   };
   std::vector<Grad> grads;
   const auto see_param = [&](PyObject* object) {
@@ -299,8 +313,8 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool d
     if (outer != param && !sink.see(as_number(DTensors::slot(object, dtensors.spec)))) return false;
     const at::Tensor& grad = outer->grad();
     bool planned = false;
-    if (!sink.see_presence(object, grad.defined(), planned)) return false;
-    const c10::TensorImpl* tensor = nullptr;
+    const c10::TensorImpl *tensor = nullptr, *stand_in = nullptr;
+    if (!sink.see_presence(object, grad.defined(), planned, stand_in)) return false;
     if (grad.defined() && outer == param) {
       tensor = grad.unsafeGetTensorImpl();
     } else if (grad.defined()) {
@@ -308,14 +322,14 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool d
       tensor = shards == nullptr ? nullptr : tensor_of(shards);
       if (tensor == nullptr) return false;
     }
-    if (planned) grads.push_back({tensor, param});
+    if (planned) grads.push_back({tensor, stand_in, param});
     return see_layout(sink, param) && see_address(sink, param);
   };
   const auto see_grad = [&](const Grad& grad) {
     if (at == addresses.room) return false;
     if (grad.tensor == nullptr) {
       addresses.values[at++] = 0;
-      return see_missing(sink, grad.param);
+      return see_missing(sink, grad.stand_in, grad.param);
     }
     const bool has_elements = grad.tensor->numel() != 0;
     if (!see_layout(sink, grad.tensor) || (has_elements && grad.tensor->storage().data() == nullptr)) return false;
@@ -402,7 +416,7 @@ bool see_part(Sink& sink, const Recording& recording, const std::vector<PyObject
 }
 
 bool record_walk(Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses, bool may_miss,
-                 const std::vector<PyObject*>& awaited) {
+                 const std::vector<std::pair<PyObject*, const c10::TensorImpl*>>& awaited) {
   Recorder of_params{recording.params}, of_state{recording.state_tensors};
   Recorder numbers{recording.numbers, may_miss, &awaited};
   std::vector<PyObject*> params;
@@ -495,16 +509,20 @@ PyObject* are_settled(PyObject* const* arguments) {
 // record(groups, state, addresses, distributed, awaited): what a walk saw, None where only Python understands it.
 // `addresses`, int64 on the CPU with room for all planned gradients, is filled in, with 0 for a missing one;
 // `distributed`: there are DTensors; `awaited`: None where there have to be the same gradients at every step, else a list
-// of the parameters, in the order of the groups, whose gradients are planned although they miss now.
+// of the parameters, in the order of the groups, whose gradients are planned although they miss now, each in a tuple with
+// a tensor that is laid out like the gradient.
 PyObject* record(PyObject* const* arguments) {
   auto recording = std::make_unique<Recording>();
   recording->distributed = arguments[3] == Py_True;
   const auto addresses = memory_of<int64_t>(arguments[2], "addresses");
   const bool may_miss = arguments[4] != Py_None;
   TORCH_CHECK(!may_miss || PyList_Check(arguments[4]), "awaited must be a list or None");
-  std::vector<PyObject*> awaited;
+  std::vector<std::pair<PyObject*, const c10::TensorImpl*>> awaited;
   for (Py_ssize_t i = 0; may_miss && i < PyList_GET_SIZE(arguments[4]); i++) {
-    awaited.push_back(PyList_GET_ITEM(arguments[4], i));
+    PyObject* pair = PyList_GET_ITEM(arguments[4], i);
+    TORCH_CHECK(PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2 && THPVariable_Check(PyTuple_GET_ITEM(pair, 1)),
+                "awaited must hold (parameter, tensor)");
+    awaited.emplace_back(PyTuple_GET_ITEM(pair, 0), outer_of(PyTuple_GET_ITEM(pair, 1)));
   }
   if (!record_walk(*recording, arguments[0], arguments[1], addresses, may_miss, awaited)) Py_RETURN_NONE;
   PyObject* capsule = PyCapsule_New(recording.get(), Recording::NAME, [](PyObject* capsule) {

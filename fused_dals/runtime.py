@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fused_dals.awaited import LastGrads
 from fused_dals.depth_rule import DepthMap
 from fused_dals.fused import FusedPass
 from fused_dals.gather import group_labels, parameter_names
@@ -18,7 +19,7 @@ from fused_dals.live_groups import LiveGroups
 from fused_dals.loss_signal import LossSignal
 from fused_dals.reference import raw_blend
 from fused_dals.run_state import RunState
-from fused_dals.sharding import Partitions, Place, Shards
+from fused_dals.sharding import Partitions, Shards
 from fused_dals.stats import TrustRatios
 from fused_dals.steady import Steady
 
@@ -42,8 +43,9 @@ class Runtime:
     state: RunState = field(default_factory=RunState)
     loss: LossSignal = field(default_factory=LossSignal)
     live_groups: LiveGroups = field(default_factory=LiveGroups)
-    #: Who had a gradient when kernels did the whole step. A place that goes to somebody else is one more to await.
-    had_grads: set[Place] = field(default_factory=set)
+    #: Of who had a gradient when kernels did the whole step; as long as a step goes on with its tables, those of the
+    #: tables. Places may go to somebody else, who is then awaited, or not, as ever.
+    last_grads: LastGrads = field(default_factory=dict)
     trust_ratios: list[TrustRatios] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
     fused: dict[torch.device, FusedPass] = field(default_factory=dict)

@@ -92,8 +92,7 @@ def why_flattened(param: Tensor, position: int, count: int, known: Sequence[tupl
     """Why a parameter is no tensor of the model: it has a single dimension where one of several was, or is larger
     where there were more. Where none is missing, only a library that joins tensors makes that suspicious.
 
-    ``count``: of the parameters in its group now; ``known``: the shapes of those that joined, None where not known, or
-    where its own is among those of all groups.
+    ``count``: of the parameters in its group now; ``known``: the shapes of those that joined, None where not known.
     """
     if known is None or position >= len(known) or param.dim() != 1:
         return ""

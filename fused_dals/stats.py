@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_dals.gather import unique_labels
+from fused_dals.kernels.layout import NOT_STEPPED
 
 
 @dataclass
@@ -21,7 +22,7 @@ class TrustRatios:
     group_index: int
     positions: Sequence[int]
     values: Tensor
-    stepped: Tensor | None = None  # not 0 where a parameter was, where that is not known of all, [n]
+    stepped: Tensor | None = None  # whether each was, where this rank had no gradient to tell, bool [n]
 
 
 def trust_ratios_by_label(groups: Sequence[Mapping[str, Any]], measured: Sequence[TrustRatios]) -> dict[str, float]:
@@ -31,7 +32,7 @@ def trust_ratios_by_label(groups: Sequence[Mapping[str, Any]], measured: Sequenc
         for some in measured
         if some.group_index < len(groups)
         for position, ratio, stepped in zip(some.positions, some.values.tolist(), _stepped(some), strict=True)
-        if stepped and position < len(groups[some.group_index]["params"])
+        if stepped and ratio != NOT_STEPPED and position < len(groups[some.group_index]["params"])
     )
     labels = unique_labels(groups, [place for place, _ in found])
     return dict(zip(labels, (ratio for _, ratio in found), strict=True))

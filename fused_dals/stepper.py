@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fused_dals import host
-from fused_dals.awaited import awaited_batches
+from fused_dals.awaited import awaited_batches, note_grads, stand_in
 from fused_dals.batch_update import BatchUpdate
 from fused_dals.capture import check_capturable, check_losses_capturable, is_capturing
 from fused_dals.fingerprint import CompiledFingerprint, Fingerprint, take_fingerprint
 from fused_dals.fused import FusedPass, why_not_fused
-from fused_dals.gather import STATE_KEYS, TensorBatch, create_missing_state, gather, parameter_label
+from fused_dals.gather import STATE_KEYS, Joined, TensorBatch, create_missing_state, gather, parameter_label
 from fused_dals.host_walk import HOST_WALK
 from fused_dals.loss_signal import NO_LOSS_WARNING, StepLoss, as_scalar
 from fused_dals.memory_order import is_plain
@@ -101,7 +101,7 @@ class Stepper:
         settle_gradients(self.groups)
         if writes_grads:
             own_gradients(self.groups)
-        batches = gather(self.groups, self.state, self.runtime.shapes)
+        batches = gather(self.groups, self.state, Joined(self.runtime.shapes))
         self._check_memory(batches)
         self.runtime.distributed = any(is_distributed_tensor(p) for group in self.groups for p in group["params"])
         self.runtime.shards = Shards.of(self.groups, self.runtime.shards)
@@ -245,14 +245,14 @@ class Stepper:
         if not fused or others or self.runtime.distributed:
             return []
 
-        def served(group: dict[str, Any], param: Tensor, grad: Tensor) -> bool:
-            return self._flat(group, param) and not why_not_fused(param, grad)
+        def served(group: dict[str, Any], param: Tensor) -> bool:
+            return self._flat(group, param) and not why_not_fused(param, param)
 
-        had_grads = self.runtime.had_grads
-        now = {place for batch in fused for place in batch.places}
-        earlier = had_grads - now
-        had_grads |= now
-        return awaited_batches(self.groups, self.state, earlier, fused, served) if earlier else []
+        last = self.runtime.last_grads
+        note_grads(last, fused)
+        if len(last) == sum(len(batch.positions) for batch in fused):
+            return []
+        return awaited_batches(self.groups, self.state, last, fused, Joined(self.runtime.shapes), served)
 
     def _prepare_passes(self, batches: Sequence[TensorBatch]) -> list[FusedPass]:
         """The passes that serve these batches, device by device, with their tables written."""
@@ -304,11 +304,15 @@ class Stepper:
         self, passes: Sequence[FusedPass], others: Sequence[TensorBatch]
     ) -> Fingerprint | CompiledFingerprint | None:
         """Of everything that these depend on."""
-        awaited: list[Tensor] | None = None
+        awaited: list[tuple[Tensor, Tensor]] | None = None
         if not others and not self.runtime.distributed:
-            planned = sorted(place for fused in passes for place in fused.places)
-            params = [self.groups[group_index]["params"][position] for group_index, position in planned]
-            awaited = [param for param in params if param.grad is None]
+            awaited = []
+            for place in sorted(place for fused in passes for place in fused.places):
+                param = self.groups[place[0]]["params"][place[1]]
+                if param.grad is None:
+                    grad = stand_in(param, place, self.runtime.last_grads)
+                    assert grad is not None  # it is in the tables
+                    awaited.append((param, grad))
         return take_fingerprint(self.groups, self.state, self.runtime.distributed, awaited)
 
     # -- the step -------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from fused_dals.kernels.columns import (
     MOST_IN_B,
     NORMS_ROW,
     NORMS_WIDTH,
+    NOT_STEPPED,
     NUMEL,
     PARAM,
     ROUNDING_KEY,
@@ -396,7 +397,7 @@ def fused_pass(
     items,  # int64 [item_count], packed
     partials,  # float32 [all chunks, 2]
     norms,  # float64 [rows, NORMS_WIDTH]: with SHARDED, where sums of squares go
-    ratios,  # float32 [n]: r, for whoever looks at it after the step
+    ratios,  # float32 [n]: r, for whoever looks at it after the step; NOT_STEPPED where there is no gradient
     arrivals,  # int32 [n], 0
     ready,  # int32 [n], 0; r as a flag once it is known
     counter,  # int32 [1], 0; DROPPED where the step is dropped, so that no item is drawn
@@ -542,7 +543,7 @@ def fused_pass(
                     ratio = _trust_ratio(p_sum, u_sum, gamma, low, high)
                     # It comes with the flag: to store it first and announce it then would take twice as long.
                     tl.atomic_xchg(ready + tensor, _as_flag(ratio), sem="release", scope="gpu")
-                    tl.store(ratios + tensor, ratio)
+                    tl.store(ratios + tensor, tl.where(addresses[1] == 0, NOT_STEPPED, ratio))
         else:
             flag, next_ticket = _look_and_draw(ready + tensor, counter)
             next_item = tl.load(items + next_ticket, mask=next_ticket < item_count, other=0)

@@ -24,6 +24,8 @@ TENSOR_COLUMNS = (
 #: float64 table with a row per parameter of an optimizer that has shards: sums of squares of p and u, over all ranks in
 #: the end, and the number of ranks with a gradient.
 NORMS_WIDTH = 3
+#: In the place of a trust ratio, none of which is negative: the parameter had no gradient, or was not stepped yet.
+NOT_STEPPED = -1.0
 
 #: How a tensor is reached: 16-byte accesses, element by element, or through sizes and strides (row DIMS of that table).
 WIDE, NARROW, STRIDED = 0, 1, 2

@@ -53,13 +53,17 @@ class Case:
     def forget(self) -> None:
         """What earlier steps prepared."""
         self.optimizer._runtime.steady = None
-        self.optimizer._runtime.had_grads.clear()
+        self.optimizer._runtime.last_grads.clear()
 
     def step(self, has_grad: list[bool]) -> None:
         for p, has in zip(self.params, has_grad, strict=True):
             p.grad = torch.randn_like(p) if has else None
         vars(self.optimizer).update(self.given)
         self.optimizer.step(loss=torch.rand((), device=DEVICE))
+
+    def ratios(self) -> dict[str, float]:
+        """But for the one without elements: nobody works on it, or says that it was missing."""
+        return {name: ratio for name, ratio in self.optimizer.trust_ratios().items() if name != "3.a"}
 
     def tensors(self) -> list[Tensor]:
         state = [value for p in self.params for value in self.optimizer.state[p].values()]
@@ -98,7 +102,7 @@ def test_any_set_of_gradients_goes_on_with_what_was_prepared(
             if anew:
                 case.forget()
             case.step(ALL if step == 3 else [False] * len(ALL) if step == 7 else some_of(draw))
-            ratios.append(case.optimizer.trust_ratios())
+            ratios.append(case.ratios())
             if step == 3:
                 sought = case.sought
         assert case.sought == (STEPS if anew else sought)
@@ -128,7 +132,7 @@ def test_a_pass_leaves_alone_who_has_no_gradient(
                 assert torch.equal(p, old) and identical([*entry.values()], [*fused.optimizer.state[p].values()])
         for a, b in zip(fused.tensors(), foreach.tensors(), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
-        assert fused.optimizer.trust_ratios().keys() == foreach.optimizer.trust_ratios().keys()
+        assert fused.ratios().keys() == foreach.ratios().keys()
 
 
 def test_versions_move_with_who_is_stepped(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -299,7 +303,9 @@ def test_a_graph_leaves_alone_who_had_no_gradient_at_capture(monkeypatch: pytest
         step(captured, half(captured, True))
     kept = [p.grad for p in captured.params]
     step(eager, half(eager, True))
-    assert captured.optimizer.trust_ratios().keys() == eager.optimizer.trust_ratios().keys()
+    graph.replay()
+    step(eager, half(eager, True))
+    assert captured.ratios() == eager.ratios()
     for has_grad in (half(eager, False), ALL):
         graph.replay()
         step(eager, half(eager, True))

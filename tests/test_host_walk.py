@@ -343,7 +343,8 @@ def test_both_walks_say_where_planned_gradients_are(seed: int) -> None:
     set_grads(0.5)
     unplanned = params[draw.randrange(8, len(params))]
     unplanned.grad = None
-    awaited = [p for p in params if p.grad is None and p is not unplanned]
+    awaiting = [p for p in params if p.grad is None and p is not unplanned]
+    awaited = [(p, torch.empty_strided(p.shape, p.stride(), device="meta")) for p in awaiting]
     compiled = CompiledFingerprint(HOST_WALK.want(wait=True), groups, state, False, awaited)
     in_python = Fingerprint(groups, state, False, awaited)
     for share in (0.0, 0.3, 0.9, 1.0):

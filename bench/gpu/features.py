@@ -213,7 +213,7 @@ def _missing(machine: Machine, seed: int) -> Verdict:
                 if turn and (i + turn) % 3 != 0:
                     p.grad = None
         anew.optimizer._runtime.steady = None
-        anew.optimizer._runtime.had_grads.clear()
+        anew.optimizer._runtime.last_grads.clear()
         before = ours.optimizer._runtime.fused[machine.device].preparations if turn else 0
         machine.wait()
         with machine.no_waiting() if turn else nullcontext():

@@ -370,7 +370,7 @@ class DALS(torch.optim.Optimizer):
     def trust_ratios(self) -> dict[str, float]:
         """The trust ratio r of every parameter that the last step updated, by its name.
 
-        After a step that was dropped, those of the last one that was not, as far as they are of the same parameters.
+        After a step that was dropped, those of the last one that was not; none, where kernels met other tensors in it.
         """
         return trust_ratios_by_label(self.param_groups, self._runtime.trust_ratios)
 

@@ -543,7 +543,8 @@ def fused_pass(
                     ratio = _trust_ratio(p_sum, u_sum, gamma, low, high)
                     # It comes with the flag: to store it first and announce it then would take twice as long.
                     tl.atomic_xchg(ready + tensor, _as_flag(ratio), sem="release", scope="gpu")
-                    tl.store(ratios + tensor, tl.where(addresses[1] == 0, NOT_STEPPED, ratio))
+                    # Loaded again: kept since the first tile it would take registers, and some variants would spill.
+                    tl.store(ratios + tensor, tl.where(tl.load(grads + tensor) == 0, NOT_STEPPED, ratio))
         else:
             flag, next_ticket = _look_and_draw(ready + tensor, counter)
             next_item = tl.load(items + next_ticket, mask=next_ticket < item_count, other=0)

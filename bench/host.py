@@ -40,6 +40,9 @@ COMPILED_WALK, IN_PYTHON = "compiled", "in Python"
 
 WARMUP_STEPS = 5
 
+#: What one more plain tensor may cost with the compiled walk, in seconds.
+MOST_PER_TENSOR = 0.2e-6
+
 
 @dataclass(frozen=True)
 class HostCost:
@@ -225,7 +228,10 @@ def _timed_steps(
 
 
 def cost_table(costs: Sequence[HostCost]) -> str:
-    """Microseconds per step, then what one more tensor and one more group cost, by either walk."""
+    """Microseconds per step, then what one more tensor and one more group cost, by either walk.
+
+    Of the compiled walk also whether a plain tensor keeps to its bound; shards and scales cost more.
+    """
     cells = []
     walks = list(dict.fromkeys(cost.walk for cost in costs))
     for cost in sorted(costs, key=lambda cost: walks.index(cost.walk)):
@@ -237,9 +243,12 @@ def cost_table(costs: Sequence[HostCost]) -> str:
     for walk in walks:
         few, some, grouped, many = (cost for cost in costs if cost.walk == walk and cost.kind == PLAIN)
         up_to_some, up_to_many = (
-            1e9 * (more.step_s.median - few.step_s.median) / (more.tensors - few.tensors) for more in (some, many)
+            (more.step_s.median - few.step_s.median) / (more.tensors - few.tensors) for more in (some, many)
         )
         group = (grouped.step_s.median - some.step_s.median) / (grouped.groups - some.groups)
-        tensor = f"{up_to_some:.0f} ns up to {some.tensors:,}, {up_to_many:.0f} ns up to {many.tensors:,}"
+        tensor = f"{1e9 * up_to_some:.0f} ns up to {some.tensors:,}, {1e9 * up_to_many:.0f} ns up to {many.tensors:,}"
+        if walk == COMPILED_WALK:
+            kept = max(up_to_some, up_to_many) <= MOST_PER_TENSOR
+            tensor += f" (at most {1e9 * MOST_PER_TENSOR:.0f}: {'kept' if kept else 'NOT kept'})"
         lines.append(f"{walk}: per tensor {tensor}; per group {1e6 * group:.2f} us")
     return "\n".join(lines)

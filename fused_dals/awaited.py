@@ -60,6 +60,8 @@ def awaited_batches(
         entry, grad = state.get(param), stand_in(param, place, last)
         if param.grad is not None or not param.requires_grad or param.device not in devices or not entry:
             continue
+        if not param.numel():
+            continue  # no chunk of it would say that it was not stepped
         # Beyond MAX_DIMS it depends on strides whether kernels can follow; that is asked of real gradients.
         if grad is None or param.dim() > MAX_DIMS or joined.why_flattened(param, place, len(group["params"])):
             continue

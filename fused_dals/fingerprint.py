@@ -45,8 +45,8 @@ class Fingerprint:
         settled (sharding.py), now and whenever it is followed.
 
         ``awaited``: parameters without a gradient for which one is planned all the same, like the stand-in beside each
-        and as well aligned as can be; from step to step any planned gradient may then be missing. None where all have
-        to be there.
+        and as well aligned as can be; from step to step any planned gradient that has elements may then be missing.
+        None where all have to be there.
 
         Raises RuntimeError or TypeError where a tensor has no memory or state holds something else: none fits.
         """
@@ -117,6 +117,8 @@ class Fingerprint:
         if unplanned or not self._may_miss:
             return None
         is_there = list(compress(now._has_grad, self._planned))
+        if any(0 in shape for shape, there in zip(self._of_grads[1], is_there, strict=True) if not there):
+            return None  # nobody would say that those without elements were not stepped
         if now._of_grads != tuple(list(compress(part, is_there)) for part in self._of_grads):
             return None
         found = iter(now._grad_addresses)

@@ -41,13 +41,14 @@ struct Recorder {
     numbers.push_back(number);
     return true;
   }
-  bool see_presence(PyObject* param, bool has_grad, bool& planned, const c10::TensorImpl*& stand_in) {
+  bool see_presence(PyObject* param, bool has_elements, bool has_grad, bool& planned,
+                    const c10::TensorImpl*& stand_in) {
     planned = has_grad;
     if (!has_grad && awaited != nullptr && next_awaited < awaited->size() && (*awaited)[next_awaited].first == param) {
       planned = true;
       stand_in = (*awaited)[next_awaited++].second;
     }
-    return see(!planned ? NO_GRAD : may_miss ? GRAD_MAY_MISS : GRAD);
+    return see(!planned ? NO_GRAD : may_miss && has_elements ? GRAD_MAY_MISS : GRAD);
   }
 };
 
@@ -57,7 +58,7 @@ struct Matcher {
   Matcher(const int64_t* begin, const int64_t* end) : next(begin), end(end) {}
   explicit Matcher(const std::vector<int64_t>& all) : Matcher(all.data(), all.data() + all.size()) {}
   bool see(int64_t number) { return next != end && *next++ == number; }
-  bool see_presence(PyObject*, bool has_grad, bool& planned, const c10::TensorImpl*&) {
+  bool see_presence(PyObject*, bool, bool has_grad, bool& planned, const c10::TensorImpl*&) {
     if (done()) return false;
     const int64_t known = *next++;
     planned = known != NO_GRAD;
@@ -314,7 +315,7 @@ bool see_params(Sink& sink, PyObject* const* begin, PyObject* const* end, bool d
     const at::Tensor& grad = outer->grad();
     bool planned = false;
     const c10::TensorImpl *tensor = nullptr, *stand_in = nullptr;
-    if (!sink.see_presence(object, grad.defined(), planned, stand_in)) return false;
+    if (!sink.see_presence(object, param->numel() != 0, grad.defined(), planned, stand_in)) return false;
     if (grad.defined() && outer == param) {
       tensor = grad.unsafeGetTensorImpl();
     } else if (grad.defined()) {

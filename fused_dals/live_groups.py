@@ -121,7 +121,7 @@ class LiveGroups:
         known = dict(zip(seen.keys, seen.values, strict=True))
 
         def unchanged(keys: Iterable[str]) -> bool:
-            return all(known.get(key, _UNSOUND) is group.get(key) for key in keys)
+            return all(key in group and known.get(key, _UNSOUND) is group[key] for key in keys)
 
         same_plan = unchanged(PLAN_KEYS) and known.get("depth") is group.get("depth") and names == seen.names
         if not (same_plan and unchanged(TABLE_KEYS) and "lr" in group):

@@ -73,7 +73,10 @@ def test_the_table_tells_what_one_more_costs() -> None:
     costs += [replace(cost(walk, 300, 1, 7000), kind=UNSCALED) for walk in (COMPILED_WALK, IN_PYTHON)]
     lines = cost_table(costs).splitlines()
     assert lines[2].split() == ["compiled", "10", "plain", "1", "100", "0", "0", "111", "1"]
-    assert "compiled: per tensor 400 ns up to 310, 500 ns up to 10,010; per group 1.00 us" in lines
+    per_tensor = "compiled: per tensor 400 ns up to 310, 500 ns up to 10,010 (at most 200: NOT kept); per group 1.00 us"
+    assert per_tensor in lines
+    fast = [replace(cost, step_s=Spread(cost.step_s.median / 4, 0.0, 0.0)) for cost in costs]
+    assert "125 ns up to 10,010 (at most 200: kept)" in cost_table(fast)
     assert "in Python: per tensor 1000 ns up to 300, 1000 ns up to 10,000; per group 1.00 us" in lines
 
 

@@ -331,14 +331,17 @@ def test_the_command_builds_it_or_says_why_not() -> None:
 def test_both_walks_say_where_planned_gradients_are(seed: int) -> None:
     """Of thousands, which threads share: the same addresses, 0 for who has none, or that something else changed."""
     draw = random.Random(seed)
-    params = [nn.Parameter(torch.randn(draw.choice([(3,), (2, 5), (), (0, 4)]), device=DEVICE)) for _ in range(1300)]
+    params = [nn.Parameter(torch.randn(draw.choice([(3,), (2, 5), (), (1, 4)]), device=DEVICE)) for _ in range(1300)]
     params[7].data = torch.randn(3, 2, device=DEVICE).T
+    empty = params[5]
+    empty.data = torch.empty(0, 4, device=DEVICE)
     groups = [{"params": params[:600]}, {"params": params[600:]}]
     state: dict[Tensor, dict[str, Tensor]] = {p: {"h": torch.zeros_like(p)} for p in params}
 
     def set_grads(share: float) -> None:
         for p in params:
             p.grad = torch.randn_like(p) if draw.random() < share else None
+        empty.grad = torch.empty_like(empty)
 
     set_grads(0.5)
     unplanned = params[draw.randrange(8, len(params))]
@@ -367,7 +370,10 @@ def test_both_walks_say_where_planned_gradients_are(seed: int) -> None:
     def not_planned() -> None:
         unplanned.grad = torch.randn_like(unplanned)
 
-    for change in (wrong_dtype, wrong_strides, wrong_alignment, not_planned):
+    def no_elements() -> None:
+        empty.grad = None
+
+    for change in (wrong_dtype, wrong_strides, wrong_alignment, not_planned, no_elements):
         set_grads(0.5)
         unplanned.grad = None
         change()

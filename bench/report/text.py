@@ -21,8 +21,8 @@ from bench.traffic import MOST_CHUNKS, TRIES_ON, USABLE
 NO_GPU = "There is no GPU figure yet."
 HOW_TO_READ = (
     "One step in milliseconds, medians. In brackets the time in units of a baseline's, round by round: all contenders "
-    "took their samples in turn, but where memory did not hold them all. fp32: all numbers; mixed: bfloat16 parameters "
-    "and gradients with float32 state; bf16: state too."
+    "took their samples in turn, but for lists that memory did not hold for all of them, one by one. fp32: all "
+    "numbers; mixed: bfloat16 parameters and gradients with float32 state; bf16: state too."
 )
 #: Lists of tensors beside each other in one table of the README; more are a table for each set of dtypes.
 MOST_COLUMNS = 6
@@ -122,7 +122,10 @@ def _pivot(rows: Sequence[StepRow], baseline: str) -> str:
             cells.append(_milliseconds(row, ratio))
         if _ran(contender, rows):
             lines.append([contender, *cells])
-    return markdown_table(["", *map(" ".join, lists)], lines)
+    # Contenders that had the memory to themselves are not to be compared in earnest.
+    together = {key for key, members in of_list.items() if members[0].side_by_side}
+    header = [" ".join(key) if key in together else f"{' '.join(key)}, one by one" for key in lists]
+    return markdown_table(["", *header], lines)
 
 
 def _ran(contender: str, rows: Sequence[StepRow]) -> bool:

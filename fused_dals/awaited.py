@@ -57,11 +57,12 @@ def awaited_batches(
             continue  # groups were taken out
         group = groups[group_index]
         param = group["params"][position]
-        entry, grad = state.get(param), stand_in(param, place, last)
+        entry = state.get(param)
         if param.grad is not None or not param.requires_grad or param.device not in devices or not entry:
             continue
         if not param.numel():
             continue  # no chunk of it would say that it was not stepped
+        grad = stand_in(param, place, last)
         # Beyond MAX_DIMS it depends on strides whether kernels can follow; that is asked of real gradients.
         if grad is None or param.dim() > MAX_DIMS or joined.why_flattened(param, place, len(group["params"])):
             continue

@@ -30,11 +30,13 @@ namespace {
 // Whether a plan is made for a gradient of a parameter, and whether that may be missing without another plan.
 enum Planned : int64_t { NO_GRAD = 0, GRAD = 1, GRAD_MAY_MISS = 2 };
 
+// Parameters whose gradients are planned and missing now, in the order of the groups, and what stands in for those.
+using Awaited = std::vector<std::pair<PyObject*, const c10::TensorImpl*>>;
+
 struct Recorder {
   std::vector<int64_t>& numbers;
   bool may_miss = false;
-  // Parameters whose gradients are planned and missing now, in the order of the groups, and what stands in for those.
-  const std::vector<std::pair<PyObject*, const c10::TensorImpl*>>* awaited = nullptr;
+  const Awaited* awaited = nullptr;
   size_t next_awaited = 0;
 
   bool see(int64_t number) {
@@ -417,7 +419,7 @@ bool see_part(Sink& sink, const Recording& recording, const std::vector<PyObject
 }
 
 bool record_walk(Recording& recording, PyObject* groups, PyObject* state, const Addresses& addresses, bool may_miss,
-                 const std::vector<std::pair<PyObject*, const c10::TensorImpl*>>& awaited) {
+                 const Awaited& awaited) {
   Recorder of_params{recording.params}, of_state{recording.state_tensors};
   Recorder numbers{recording.numbers, may_miss, &awaited};
   std::vector<PyObject*> params;
@@ -518,7 +520,7 @@ PyObject* record(PyObject* const* arguments) {
   const auto addresses = memory_of<int64_t>(arguments[2], "addresses");
   const bool may_miss = arguments[4] != Py_None;
   TORCH_CHECK(!may_miss || PyList_Check(arguments[4]), "awaited must be a list or None");
-  std::vector<std::pair<PyObject*, const c10::TensorImpl*>> awaited;
+  Awaited awaited;
   for (Py_ssize_t i = 0; may_miss && i < PyList_GET_SIZE(arguments[4]); i++) {
     PyObject* pair = PyList_GET_ITEM(arguments[4], i);
     TORCH_CHECK(PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2 && THPVariable_Check(PyTuple_GET_ITEM(pair, 1)),

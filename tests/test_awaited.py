@@ -71,6 +71,11 @@ class Case:
 ALL = [True] * len(SHAPES)
 
 
+def transposed(p: Tensor) -> Tensor:
+    """A gradient whose memory goes the other way round."""
+    return torch.randn(p.shape[::-1], device=DEVICE).permute(tuple(reversed(range(p.dim()))))
+
+
 def some_of(draw: random.Random) -> list[bool]:
     return [draw.random() < 0.6 for _ in SHAPES]
 
@@ -152,9 +157,6 @@ def test_versions_move_with_who_is_stepped(monkeypatch: pytest.MonkeyPatch, seed
 def test_gradients_that_come_back_otherwise_are_prepared_anew(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Laid out or aligned otherwise, of another dtype: right all the same, and right from then on."""
 
-    def strided(p: Tensor) -> Tensor:
-        return torch.randn(p.shape[::-1], device=DEVICE).permute(tuple(reversed(range(p.dim()))))
-
     def odd(p: Tensor) -> Tensor:
         return torch.randn(p.numel() + 1, device=DEVICE)[1:].view(p.shape)
 
@@ -165,7 +167,7 @@ def test_gradients_that_come_back_otherwise_are_prepared_anew(monkeypatch: pytes
             if anew:
                 case.forget()
             for i, p in enumerate(case.params):
-                make = (strided, odd, torch.randn_like)[(step + i) % 3]
+                make = (transposed, odd, torch.randn_like)[(step + i) % 3]
                 p.grad = None if (step + 2 * i) % 5 < 2 else make(p)
             case.optimizer.step(loss=1.0)
         assert identical(twins[0].tensors(), twins[1].tensors())
@@ -352,8 +354,7 @@ def test_gradients_unlike_their_parameters_are_awaited_as_they_were(
     """By tables, by fingerprints, and by those that the compiled walk takes when it comes late."""
 
     def gradient(p: Tensor) -> Tensor:
-        like = torch.randn(p.shape[::-1], device=DEVICE).permute(tuple(reversed(range(p.dim()))))
-        return like if odd == "transposed" else torch.randn_like(p).bfloat16()
+        return transposed(p) if odd == "transposed" else torch.randn_like(p).bfloat16()
 
     twins = [Case(monkeypatch, seed), Case(monkeypatch, seed)]
     for step in range(8):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_dals import host
 from fused_dals.foreach import norms
 from fused_dals.reference import compute_dtype
 from fused_dals.sharding import like, local
@@ -17,12 +18,13 @@ from fused_dals.sharding import like, local
 def scan_gradients(grads: list[Tensor]) -> Tensor:
     """(sum of squares, number of tensors with a non-finite element) of gradients of one device and dtype, [1, 2]."""
     present = [grad for grad in grads if grad.numel()]
+    widest = host.widest(grads[0].device)
     if not present:
-        return torch.zeros(1, 2, dtype=torch.float64, device=grads[0].device)
-    squares = norms(present, compute_dtype(present[0].dtype)).to(torch.float64).square().sum()
+        return torch.zeros(1, 2, dtype=widest, device=grads[0].device)
+    squares = norms(present, compute_dtype(present[0].dtype)).to(widest).square().sum()
     # The largest magnitude says it exactly: a sum of squares overflows for finite gradients, too.
     largest = torch.stack(torch._foreach_norm(present, math.inf))
-    non_finite = (~largest.isfinite()).sum().to(torch.float64)
+    non_finite = (~largest.isfinite()).sum().to(widest)
     return torch.stack([squares, non_finite]).reshape(1, 2)
 
 

@@ -12,8 +12,12 @@ import math
 import torch
 from torch import Tensor
 
+from fused_dals import host
+
 #: Nobody takes more steps than this; cycles of restarts are listed up to there.
 MAX_STEPS = 2.0**40
+#: But no more of them than these, which are listed in half a second; a factor just above 1 would ask for 1e12.
+MAX_CYCLES = 1 << 20
 
 
 def warmup_length(total_steps: int, warmup_fraction: float) -> int:
@@ -93,18 +97,19 @@ def schedule_factor_of_tensor(
         else:
             # One-element indices, because a 0-dim one would be read by the host.
             cycle = torch.searchsorted(starts, raised.reshape(1), right=True) - 1
-            position, length = raised - starts[cycle].squeeze(0), lengths[cycle].squeeze(0)
+            length = lengths[cycle].squeeze(0)
+            position = (raised - starts[cycle].squeeze(0)) % length  # beyond the list as if its last came again
         return (1 + torch.cos(math.pi * position / length)) / 2
     return 1.0
 
 
 @functools.lru_cache(maxsize=64)
 def _cycles(restart_steps: int, restart_mult: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the cycles of restarts begin, and their lengths."""
+    """Where the cycles of restarts begin, and their lengths, [cycles] each, in the widest dtype of the device."""
     starts, lengths, scale = [0], [restart_steps], 1.0
-    while restart_mult != 1 and starts[-1] < MAX_STEPS:
+    while restart_mult != 1 and starts[-1] < MAX_STEPS and len(starts) < MAX_CYCLES:
         starts.append(starts[-1] + lengths[-1])
         scale *= restart_mult
         lengths.append(math.floor(restart_steps * scale))
-    table = torch.tensor([starts, lengths], dtype=torch.float64, device="cpu").to(device)
+    table = host.scalars_on(device, torch.tensor([starts, lengths], dtype=torch.float64, device="cpu"))
     return table[0], table[1]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fused_dals import DALS, DALSAcc, host
-from fused_dals.schedule import cosine_restarts, schedule_factor, warmup_cosine
+from fused_dals.schedule import cosine_restarts, schedule_factor, schedule_factor_of_tensor, warmup_cosine
 from tests.helpers import mlp
 
 
@@ -40,6 +40,15 @@ def test_restarts_equal_a_counter(first: int, mult: float) -> None:
             counter, cycle = 0, cycle + 1
             length = math.floor(first * mult**cycle)
         assert cosine_restarts(t, first, mult) == (1 + math.cos(math.pi * counter / length)) / 2
+
+
+@pytest.mark.parametrize(("first", "mult"), [(1, 1), (4, 2), (5, 1.5), (3, 1 + 1e-9)])
+def test_a_device_finds_the_same_factors(first: int, mult: float) -> None:
+    """Where the host does not know t; and a factor just above 1 does not list cycles for ever."""
+    schedule: dict[str, Any] = {"total_steps": None, "warmup_fraction": 0.0, "restart_steps": first}
+    for t in [*range(50), 10**6]:
+        there = schedule_factor_of_tensor(torch.tensor(float(t), dtype=torch.float64), **schedule, restart_mult=mult)
+        assert float(there) == pytest.approx(cosine_restarts(t, first, mult), abs=1e-12)
 
 
 def test_no_schedule_unless_asked() -> None:

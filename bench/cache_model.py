@@ -30,12 +30,11 @@ from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bench.byte_table import Dtypes, item_sizes, least_bytes, uncached_bytes
-from fused_dals.fused import PROGRAMS_PER_SM, TILE, FusedPass
 from fused_dals.kernels import layout
+from fused_dals.launch_plan import IN_USE, WINDOW_PER_PROGRAM
 from fused_dals.worklist import packed_work_list
 
 Integers = NDArray[np.int64]
@@ -77,9 +76,9 @@ class PassPlan:
     stage_a_writes: bool = True
     evict_first: bool = True
     programs: int = 1
-    tile: int = TILE
-    most_in_b: int = layout.MOST_IN_B  # elements of a tile of stage B, where A writes
-    in_pairs: bool = True  # whether stage A loads two tiles together where all is 16-bit
+    tile: int = IN_USE.tile
+    most_in_b: int = IN_USE.most_in_b  # elements of a tile of stage B, where A writes
+    in_pairs: bool = IN_USE.in_pairs  # whether stage A loads two tiles together where all is 16-bit
     bandwidth: float = 0.0
     merged: int = 1  # chunks of the pass in one of these
 
@@ -138,15 +137,16 @@ class _Items:
 
 def plan_in_use() -> dict[str, Any]:
     """What the fused pass is launched with where nothing else is asked for, for the record of a measurement."""
-    default = FusedPass(torch.device("cpu"))  # launches nothing; what it chooses does not depend on the device
     return {
         "chunk_bytes": layout.CHUNK_BYTES,
-        "tile": TILE,
-        "window_per_program": default.window / default.programs,
-        "programs_per_sm": PROGRAMS_PER_SM,
-        "stage_a_writes": default.stage_a_writes,
-        "evict_first": default.evict_first,
-        "same_runs": default.same_runs,
+        "tile": IN_USE.tile,
+        "most_in_b": IN_USE.most_in_b,
+        "in_pairs": IN_USE.in_pairs,
+        "window_per_program": WINDOW_PER_PROGRAM,
+        "programs_per_sm": IN_USE.programs_per_sm,
+        "stage_a_writes": IN_USE.a_writes(),
+        "evict_first": IN_USE.evict_first,
+        "same_runs": IN_USE.same_runs,
     }
 
 

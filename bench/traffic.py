@@ -30,8 +30,8 @@ from bench.cache_model import (
 from bench.options import HelpFormatter
 from bench.shapes import MODELS, SHAPES
 from bench.table import format_table
-from fused_dals.fused import PROGRAMS_PER_SM, WINDOW_PER_PROGRAM
 from fused_dals.kernels.layout import CHUNK_BYTES
+from fused_dals.launch_plan import PROGRAMS_PER_SM, WINDOW_PER_PROGRAM
 
 MIB = 1 << 20
 

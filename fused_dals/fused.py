@@ -23,6 +23,7 @@ from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.group_table import GroupTable
 from fused_dals.host_walk import increment_version
 from fused_dals.kernels import layout
+from fused_dals.launch_plan import IN_USE, LaunchPlan
 from fused_dals.launcher import Launched, Launcher
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.memory_order import is_plain
@@ -31,17 +32,6 @@ from fused_dals.sharding import Place, Shards
 from fused_dals.stats import TrustRatios
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-NUM_WARPS: int = layout.NUM_WARPS
-TILE: int = layout.TILE
-
-#: Resident programs per multiprocessor that the registers of the kernel allow with 8 warps (128 x 256 x 2 = 65536).
-PROGRAMS_PER_SM = 2
-#: Chunks of stage A between a tensor's own and its stage B, for each program. When the first item of stage B is drawn,
-#: all programs are at the tensor's last chunks or have just begun theirs; with as many other chunks before it they are
-#: done by the time. With whole tensors in between, as many as a part of the L2 cache holds, an H200's programs waited
-#: for ratios during 13 to 25 % of their time (bench/cache_model.py, from what was measured).
-WINDOW_PER_PROGRAM = 1
 
 
 def interpreted() -> bool:
@@ -79,11 +69,6 @@ def why_not_fused(param: Tensor, grad: Tensor) -> str:
     return ""
 
 
-def programs_on(device: torch.device, per_sm: int = PROGRAMS_PER_SM) -> int:
-    """How many programs a launch has; by default all of them are resident."""
-    return 2 if device.type != "cuda" else per_sm * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 #: What parts parameters into launches: dtypes of parameter, gradient and state, and whether there is a compensation.
 BucketKey = tuple[torch.dtype, torch.dtype, torch.dtype, bool]
 
@@ -117,33 +102,12 @@ class Launch:
 class FusedPass:
     """The buckets and scalar tables of an optimizer on one device; built at the first step, never copied or saved."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        window: int | None = None,
-        stage_a_writes: bool | None = None,
-        evict_first: bool = True,
-        same_runs: bool = False,
-        max_registers: int | None = None,
-        programs: int | None = None,
-    ) -> None:
-        """``window`` in chunks, WINDOW_PER_PROGRAM for each program where None; ``stage_a_writes``: h and m are written
-        in stage A; ``evict_first``: what a step does not touch again is marked so, for the sake of the L2 cache;
-        ``same_runs``: of 16-bit parameters with float32 state, or the other way round, 16-bit numbers go 8 bytes at a
-        time instead of 16, which needs no barriers; ``max_registers`` of a thread of the pass, left to the compiler
-        where None; ``programs`` of a launch, as many as are resident where None.
-
-        Stage A writing h and m moves fewer bytes (36 against 40 per float32 parameter, where B finds nothing in the
-        cache). None chooses it, except on AMD, where Triton's barrier before the arrival does not wait for the other
-        waves' stores to memory.
-        """
+    def __init__(self, device: torch.device, plan: LaunchPlan = IN_USE) -> None:
         self.device = device
-        self.programs = programs_on(device) if programs is None else programs
-        self.window = WINDOW_PER_PROGRAM * self.programs if window is None else window
-        self.stage_a_writes = torch.version.hip is None if stage_a_writes is None else stage_a_writes
-        self.evict_first = evict_first
-        self.same_runs = same_runs
-        self.max_registers = max_registers
+        self.plan = plan
+        self.programs = plan.programs(device)
+        self.window = plan.window_on(device)
+        self.stage_a_writes = plan.a_writes()
         self.group_table = GroupTable(device)
         self.launcher = Launcher()
         self.buckets: dict[BucketKey, Bucket] = {}
@@ -183,8 +147,7 @@ class FusedPass:
         self.shards = shards if any(batch.split_over for batch in batches) else None
         for key, members in by_key.items():
             if key not in self.buckets:
-                chunk = layout.chunk_elements(*(dtype.itemsize for dtype in key[:3]))
-                self.buckets[key] = Bucket(self.device, chunk, self.window)
+                self.buckets[key] = Bucket(self.device, self.plan.chunk_of(*key[:3]), self.window)
             tensors = tensors_of(members, state, blends, {} if self.shards is None else self.shards.row)
             self.buckets[key].refresh(tensors, sharded=self.shards is not None)
             ratios = self.buckets[key].ratios.split([len(batch.positions) for batch in members])
@@ -279,7 +242,7 @@ class FusedPass:
                         grad_scan,
                         programs,
                         (bucket.tensors, grads, bucket.dims, items, rows, items.numel()),
-                        num_warps=NUM_WARPS,
+                        num_warps=layout.NUM_WARPS,
                         GRAD_TYPE=_triton_dtype(launch.key[1]),
                         CHUNK=bucket.chunk,
                         TILE=layout.SCAN_TILE,
@@ -408,8 +371,8 @@ class FusedPass:
             fused_pass,
             self.programs,
             arguments,
-            num_warps=NUM_WARPS,
-            max_registers=self.max_registers,
+            num_warps=self.plan.num_warps,
+            max_registers=self.plan.max_registers,
             PARAM_TYPE=_triton_dtype(param),
             GRAD_TYPE=_triton_dtype(grad),
             STATE_TYPE=_triton_dtype(state),
@@ -417,10 +380,12 @@ class FusedPass:
             UNSCALE=self._unscale,
             SHARDED=self.shards is not None,
             CHUNK=bucket.chunk,
-            TILE=TILE,
+            TILE=min(self.plan.tile, bucket.chunk),
+            MOST_IN_B=self.plan.most_in_b,
+            PAIRS=self.plan.in_pairs,
             A_WRITES=self.stage_a_writes,
-            EVICT_FIRST=self.evict_first,
-            SAME_RUNS=self.same_runs,
+            EVICT_FIRST=self.plan.evict_first,
+            SAME_RUNS=self.plan.same_runs,
         )
         if launched is not None and self.shards is None and not is_capturing(self.device):
             launch.again[which, self._unscale] = Again(launched, fused_pass, given)

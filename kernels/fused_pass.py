@@ -36,7 +36,6 @@ from fused_dals.kernels.columns import (
     GROUP,
     MAX_DIMS,
     MOMENTUM_BUFFER,
-    MOST_IN_B,
     NORMS_ROW,
     NORMS_WIDTH,
     NOT_STEPPED,
@@ -411,6 +410,8 @@ def fused_pass(
     SHARDED: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    MOST_IN_B: tl.constexpr,
+    PAIRS: tl.constexpr,
     A_WRITES: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
     SAME_RUNS: tl.constexpr,
@@ -423,6 +424,9 @@ def fused_pass(
     COMPENSATED: parameters are bfloat16 with an int16 beside each element; UNSCALE: gradients are written back without
     the scale of a GradScaler. State in bfloat16 is rounded stochastically.
 
+    A tile of stage B is a whole chunk, of MOST_IN_B elements at most, where A_WRITES. PAIRS: stage A loads two tiles
+    together where there are registers for it, see BITS_IN_PAIRS.
+
     EVICT_FIRST: what the step does not touch again is the first to leave the L2 cache, which keeps what stage B comes
     back for. In full tiles only, see _load.
 
@@ -431,7 +435,7 @@ def fused_pass(
     """
     LAST_USE: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     BITS: tl.constexpr = PARAM_TYPE.primitive_bitwidth + GRAD_TYPE.primitive_bitwidth + STATE_TYPE.primitive_bitwidth
-    IN_PAIRS: tl.constexpr = BITS <= BITS_IN_PAIRS and not COMPENSATED and not UNSCALE
+    IN_PAIRS: tl.constexpr = PAIRS and BITS <= BITS_IN_PAIRS and not COMPENSATED and not UNSCALE
     ticket = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     item = tl.load(items + ticket, mask=ticket < item_count, other=0)
     while ticket < item_count:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fused_dals.kernels.fused_pass import fused_pass, ratios_of_norms
 from fused_dals.kernels.grad_scan import grad_scan
-from fused_dals.kernels.layout import NUM_WARPS, RATIOS_BLOCK, SCAN_TILE, TILE, chunk_elements
+from fused_dals.kernels.layout import MOST_IN_B, NUM_WARPS, RATIOS_BLOCK, SCAN_TILE, TILE, chunk_elements
 from fused_dals.kernels.prologue import prologue
 
 PASS_SIGNATURE = {
@@ -52,7 +52,7 @@ def codegen_variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
             constants |= {"COMPENSATED": compensated, "UNSCALE": unscale, "SHARDED": sharded}
             chunk = chunk_elements(*(dtype.primitive_bitwidth // 8 for dtype in dtypes))
             constants |= {"CHUNK": chunk, "TILE": TILE, "A_WRITES": a_writes, "EVICT_FIRST": True}
-            constants["SAME_RUNS"] = False
+            constants |= {"SAME_RUNS": False, "MOST_IN_B": MOST_IN_B, "PAIRS": True}
             label = ",".join(map(str, dtypes)) + " compensated" * compensated + " unscaled" * unscale
             label += " shards" * sharded
             label += " A writes h m" if a_writes else " A reads"

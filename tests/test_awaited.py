@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused_dals import DALS, awaited, host, stepper
 from fused_dals.fused import FusedPass
 from fused_dals.gather import Joined
+from fused_dals.launch_plan import LaunchPlan
 from tests.helpers import identical
 from tests.test_capture import capturing
 
@@ -121,7 +122,9 @@ def test_a_pass_leaves_alone_who_has_no_gradient(
     stage_a_writes: bool, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Beside the foreach path, where stage A writes and where it does not."""
-    monkeypatch.setattr(stepper, "FusedPass", lambda device: FusedPass(device, stage_a_writes=stage_a_writes))
+    monkeypatch.setattr(
+        stepper, "FusedPass", lambda device: FusedPass(device, LaunchPlan(stage_a_writes=stage_a_writes))
+    )
     fused, foreach = Case(monkeypatch, seed), Case(monkeypatch, seed, fused=False, foreach=True)
     draw = random.Random(seed)
     for step in range(STEPS):

@@ -84,7 +84,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
         patch.setattr(timing, "WARMUP_STEPS", 1)
         patch.setattr(gpu_jobs, "SWEEP_DTYPES", ("fp32",))
         patch.setattr(gpu_features, "SCAN_MODELS", ("resnet50",))
-        changed: dict[str, tuple[float, ...]] = {"CHUNKS": (64, 128), "TILES": (32,), "WARPS": (4,), "PROGRAMS": (1, 2)}
+        changed: dict[str, tuple[float, ...]] = {"TILES": (32,), "WARPS": (4,), "PROGRAMS": (1, 2)}
+        changed["CHUNKS"] = (2**-7, 2**-6)  # 64 and 128 elements of float32
         for name, values in {**changed, "WINDOWS": (0.5,)}.items():
             patch.setattr(gpu_sweep, name, values)
         gpu.run(CpuMachine(), scale, path, 0, Store(path.parents[1] / "progress"), Deadline.after(scale.seconds))
@@ -142,8 +143,9 @@ def test_the_sweep_keeps_the_best_of_each_stage(ran: tuple[dict[str, Any], str])
     rows = ran[0]["sweep"]
     plans = [(row["plan"]["chunk"], row["plan"]["programs_per_sm"], row["window_per_program"]) for row in rows]
     assert plans[:2] == [(64, 2, None), (128, 2, None)] and plans[2][1] == 1
-    assert [row["window_per_program"] for row in rows[3:]] == [0.5, 0.5, 0.5]
-    choices = [(row["plan"]["stage_a_writes"], row["plan"]["evict_first"]) for row in rows[3:]]
+    assert plans[3][2] is None and rows[3]["plan"]["most_in_b"] == 0
+    assert [row["window_per_program"] for row in rows[4:]] == [0.5, 0.5, 0.5]
+    choices = [(row["plan"]["stage_a_writes"], row["plan"]["evict_first"]) for row in rows[4:]]
     assert choices == [(True, True), (True, False), (False, True)]
     assert all(row["device_s"]["median"] > 0 and row["error"] is None for row in rows)
 

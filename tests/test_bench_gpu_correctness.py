@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from fused_dals.launch_plan import LaunchPlan
+
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
@@ -27,7 +29,7 @@ from bench.gpu.correctness import (
     reference_step,
     relative_error,
 )
-from bench.gpu.driver import PassDriver, Plan
+from bench.gpu.driver import PassDriver
 from bench.gpu.races import Crowd, hunt_races
 from tests.gpu_stand_ins import CPU, FP32, MIXED, CpuMachine, interpreted
 
@@ -92,7 +94,7 @@ def test_a_write_beside_a_tensor_is_seen() -> None:
 def _checks_of_a_faulty_plan(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     """The grid's checks, with the reference in the kernel's place and a fault under window 0."""
 
-    def step(placed: Placed, plan: Plan, order: Any = None) -> Outcome:
+    def step(placed: Placed, plan: LaunchPlan, order: Any = None) -> Outcome:
         outcome = reference_step(placed.tensors, None)
         if plan.window == 0:
             outcome.momentum_buffers[0][0] *= 1 + 1e-6
@@ -118,11 +120,11 @@ def test_a_race_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.ones(len(launch.owners))
 
     monkeypatch.setattr(PassDriver, "step", step)
-    check = hunt_races(CpuMachine(), FP32, Crowd(3, 10, 1, 100), Plan(chunk=64), 6, 0)
+    check = hunt_races(CpuMachine(), FP32, Crowd(3, 10, 1, 100), LaunchPlan(chunk=64), 6, 0)
     assert not check.passed and "1 of 6 reruns differ: [2]" in check.detail
     assert "an error is above its bound" in check.detail  # nothing was updated
     steps = itertools.count()
-    late = hunt_races(CpuMachine(), FP32, Crowd(3, 10, 1, 100), Plan(chunk=64), 50, 0, lambda: next(steps) >= 2)
+    late = hunt_races(CpuMachine(), FP32, Crowd(3, 10, 1, 100), LaunchPlan(chunk=64), 50, 0, lambda: next(steps) >= 2)
     assert "7 reruns of 4 tensors" in late.detail, (
         "every window once, the first twice, and two asked before it was late"
     )

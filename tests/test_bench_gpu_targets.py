@@ -6,18 +6,20 @@ from dataclasses import replace
 
 import pytest
 
+from fused_dals.launch_plan import IN_USE, LaunchPlan
+
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
+from bench.byte_table import STEP_DTYPES
 from bench.contenders import ADAMW, BF16_STATE, COMPILED, FOREACH, FUSED
 from bench.gpu import checks as gpu_checks
 from bench.gpu.contenders import PASS_ALONE
 from bench.gpu.correctness import Check
-from bench.gpu.driver import Plan
 from bench.gpu.jobs import targets_of
 from bench.gpu.runner import Deadline, Job, Results, run_jobs
 from bench.gpu.scale import Scale
-from bench.gpu.sweep import fitting
+from bench.gpu.sweep import compiled_variants, fitting
 from bench.gpu.targets import (
     Target,
     compiled_targets,
@@ -174,8 +176,32 @@ def test_what_has_not_ended_has_not_passed_and_parts_that_fail_are_told() -> Non
     assert targets_of(results, 1, SCALE)[4] == Target("steps: all parts ran", "0 failed", "1 failed", False)
 
 
+def test_a_sweep_tries_what_its_dtypes_leave_open() -> None:
+    kinds = {name: compiled_variants(dtypes) for name, dtypes in STEP_DTYPES.items()}
+    assert {name: sorted({plan.chunk or 0 for plan in plans}) for name, plans in kinds.items()} == {
+        "fp32": [4096, 8192, 16384],
+        "mixed": [8192, 16384, 32768],
+        "bf16": [8192, 16384, 32768],
+    }
+    assert {name: {plan.same_runs for plan in plans} for name, plans in kinds.items()} == {
+        "fp32": {False},
+        "mixed": {False, True},
+        "bf16": {False},
+    }
+    assert {name: {plan.in_pairs for plan in plans} for name, plans in kinds.items()} == {
+        "fp32": {True},
+        "mixed": {True},
+        "bf16": {True, False},
+    }
+    for plans in kinds.values():
+        assert {plan.most_in_b for plan in plans} == {IN_USE.most_in_b, 0}
+
+
 def test_plans_of_the_sweep_have_registers_for_their_programs() -> None:
-    assert fitting(Plan()).max_registers is None
-    found = {programs: fitting(Plan(programs_per_sm=programs)).max_registers for programs in (1, 2, 3, 4)}
+    assert fitting(LaunchPlan()).max_registers is None
+    found = {programs: fitting(LaunchPlan(programs_per_sm=programs)).max_registers for programs in (1, 2, 3, 4)}
     assert found == {1: None, 2: None, 3: 80, 4: 64}
-    assert fitting(Plan(tile=4096)).max_registers == 128 and fitting(Plan(tile=4096, num_warps=4)).max_registers == 255
+    assert (
+        fitting(LaunchPlan(tile=4096)).max_registers == 128
+        and fitting(LaunchPlan(tile=4096, num_warps=4)).max_registers == 255
+    )

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fused_dals import DALS
 from fused_dals.buckets import WIDE_BYTES
-from fused_dals.fused import TILE, FusedPass
+from fused_dals.fused import FusedPass
 from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
+from fused_dals.kernels.layout import TILE
+from fused_dals.launch_plan import IN_USE, LaunchPlan
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.reference import dals_reference_
@@ -59,12 +61,12 @@ class Tensors:
         other.blends = [self.blends[i] for i in order]
         return other
 
-    def fused_step(self, window: int | None = None, stage_a_writes: bool | None = None, **group: Any) -> Tensor:
+    def fused_step(self, plan: LaunchPlan = IN_USE, **group: Any) -> Tensor:
         """One step through the kernels; returns the trust ratios."""
         p, g, h, m = self.lists
         state = {param: {"grad_ema": a, "momentum_buffer": b} for param, a, b in zip(p, h, m, strict=True)}
         loss = torch.ones((), dtype=torch.float64, device=DEVICE)
-        fused = FusedPass(DEVICE, window=window, stage_a_writes=stage_a_writes)
+        fused = FusedPass(DEVICE, plan)
         fused.prepare([TensorBatch(0, list(range(len(p))), p, g)], state, [self.blends])
         (measured,) = fused.run(
             StepInputs(RunState().values.to(DEVICE), StepLoss(loss, 1)), [{**GROUP, **group}], GroupsVersion(0, 0)
@@ -102,7 +104,7 @@ def assert_as_exact_as_torch(tensors: Tensors, stage_a_writes: bool = True, **gr
     start, truth, plain = tensors.copy(), tensors.copy(), tensors.copy()
     expected = truth.reference_step(torch.float64, **group)
     plain.reference_step(**group)
-    ratios = tensors.fused_step(stage_a_writes=stage_a_writes, **group)
+    ratios = tensors.fused_step(LaunchPlan(stage_a_writes=stage_a_writes), **group)
     moving = "pm" if {**GROUP, **group}["ema_decay"][0] == 1 else "phm"
     for kind, name in enumerate("pghm"):
         lists = (tensors.lists[kind], plain.lists[kind], truth.lists[kind], start.lists[kind])
@@ -234,17 +236,39 @@ def test_reruns_and_windows_give_the_same_bits(seed: int) -> None:
     results = []
     for window in (None, None, 0, 1, 3, 5, 100):
         run = start.copy()
-        ratios = run.fused_step(window=window)
+        ratios = run.fused_step(LaunchPlan(window=window))
         results.append([*run.flat(), ratios])
     for other in results[1:]:
         assert identical(results[0], other)
+
+
+OTHER_PLANS = {
+    "B in the tiles of A": LaunchPlan(most_in_b=0),
+    "tiles one by one": LaunchPlan(in_pairs=False),
+    "larger tiles": LaunchPlan(tile=2 * TILE),
+    "no marks": LaunchPlan(evict_first=False),
+    "same runs": LaunchPlan(same_runs=True),
+    "4 warps": LaunchPlan(num_warps=4),
+}
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16)], ids=str)
+def test_no_plan_changes_a_bit(dtypes: tuple[torch.dtype, ...], seed: int) -> None:
+    chunk = layout.chunk_elements(*(dtype.itemsize for dtype in dtypes))
+    start = Tensors([2 * chunk + 5, chunk, 3 * TILE + 1, 7], dtypes)
+    first = start.copy()
+    ratios = first.fused_step()
+    assert not identical(first.flat(), start.flat())
+    for name, plan in OTHER_PLANS.items():
+        run = start.copy()
+        assert torch.equal(run.fused_step(plan), ratios) and identical(run.flat(), first.flat()), name
 
 
 def test_permuted_tensors_give_permuted_bits(seed: int) -> None:
     start = Tensors(SIZES)
     order = torch.randperm(len(SIZES)).tolist()
     permuted = start.reordered(order)
-    a, b = start.fused_step(window=2), permuted.fused_step(window=2)
+    a, b = start.fused_step(LaunchPlan(window=2)), permuted.fused_step(LaunchPlan(window=2))
     assert torch.equal(a[order], b)
     for ours, theirs in zip(start.lists, permuted.lists, strict=True):
         assert identical([ours[i] for i in order], theirs)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_dals.buckets import Bucket, FusedTensor, WorkList, joined_dims
 from fused_dals.gather import TensorBatch
 from fused_dals.kernels import layout
+from fused_dals.launch_plan import LaunchPlan
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.rounding import Rounding, place_key, random_bits, step_seed, stochastic_bfloat16
@@ -110,7 +111,7 @@ def run_chunks(p: Tensor, g: Tensor, h: Tensor, m: Tensor, chunks: list[int], st
         "restart_steps": None, "restart_mult": 2, "maximize": False, "max_grad_norm": None,
     }  # fmt: skip
     inputs = StepInputs(RunState().values, StepLoss(torch.ones((), dtype=torch.float64), 1))
-    fused = FusedPass(CPU, stage_a_writes=stage_a_writes)
+    fused = FusedPass(CPU, LaunchPlan(stage_a_writes=stage_a_writes))
     fused.prepare([TensorBatch(0, [0], [p], [g])], {p: {"grad_ema": h, "momentum_buffer": m}}, [[0.4]])
     (launch,) = fused.launches
     bucket = launch.bucket

@@ -112,7 +112,9 @@ def expected(passing: FusedPass, launch: Launch, which: int) -> list[Any]:
     tensors += [passing._no_scan, bucket.ratios, bucket.arrivals, bucket.ready, bucket.counters[which], passing._seed]
     types = [fused._triton_dtype(dtype) for dtype in (param, grad, state)]
     flags = [compensated, passing._unscale, False]
-    shape = [bucket.chunk, fused.TILE, passing.stage_a_writes, passing.evict_first, passing.same_runs]
+    plan = passing.plan
+    shape = [bucket.chunk, plan.tile, plan.most_in_b, plan.in_pairs]
+    shape += [passing.stage_a_writes, plan.evict_first, plan.same_runs]
     return [*map(plain, tensors), work.count, *types, *flags, *shape]
 
 

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from fused_dals import host
 from fused_dals.buckets import grad_address
-from fused_dals.fused import TILE, FusedPass
+from fused_dals.fused import FusedPass
 from fused_dals.gather import COMPENSATION_KEY, TensorBatch
 from fused_dals.kernels import layout
-from fused_dals.kernels.layout import SCAN_TILE
+from fused_dals.kernels.layout import SCAN_TILE, TILE
+from fused_dals.launch_plan import LaunchPlan
 from fused_dals.live_groups import GroupsVersion
 from fused_dals.loss_signal import StepLoss
 from fused_dals.reference import dals_reference_
@@ -169,7 +170,8 @@ def step(mix: Mix, emulator: Emulator | None, order: Order | None = None, missin
     for p, c in zip(mix.p, mix.c, strict=False):
         state[p][COMPENSATION_KEY] = c
     positions = list(range(len(mix.p)))
-    fused = FusedPass(CPU, window=order.window, stage_a_writes=variant.a_writes, same_runs=variant.same_runs)
+    plan = LaunchPlan(window=order.window, stage_a_writes=variant.a_writes, same_runs=variant.same_runs)
+    fused = FusedPass(CPU, plan)
     shards = Shards({(0, i): RANKS for i in positions}, CPU) if variant.sharded else None
     batch = TensorBatch(0, positions, mix.p, mix.g, split_over=RANKS if variant.sharded else ())
     fused.prepare([batch], state, [mix.blends], shards)

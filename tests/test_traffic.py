@@ -19,8 +19,8 @@ from bench.byte_table import STEP_DTYPES, least_bytes, uncached_bytes
 from bench.cache_model import PassPlan, Traffic, bounds, chunk_of, predict, window_chunks
 from bench.shapes import SHAPES
 from bench.traffic import Cell, Score, best_chunk, best_window, cells_of, scores_of
-from fused_dals.fused import TILE, WINDOW_PER_PROGRAM
-from fused_dals.kernels.layout import CHUNK_BYTES, MOST_IN_B
+from fused_dals.kernels.layout import CHUNK_BYTES, MOST_IN_B, TILE
+from fused_dals.launch_plan import WINDOW_PER_PROGRAM
 from fused_dals.worklist import STAGE_A, work_list
 
 FP32 = STEP_DTYPES["fp32"]

@@ -12,17 +12,18 @@ import torch
 
 from bench.byte_table import STEP_DTYPES, Dtypes
 from bench.gpu.correctness import Check, dtypes_label
-from bench.gpu.driver import Plan, compile_variant
+from bench.gpu.driver import compile_variant
 from bench.gpu.features import KERNELS, compile_kernels
 from bench.gpu.scale import SWEEP_DTYPES, Scale
 from bench.gpu.sweep import compiled_variants
 from bench.timing import one_line
 from fused_dals.host_walk import HOST_WALK, OFF
+from fused_dals.launch_plan import IN_USE, LaunchPlan
 
 #: Processes at most, and seconds that they have.
 COMPILE_WORKERS, COMPILE_SECONDS = 8, 90.0
 
-Variant = tuple[Dtypes, Plan]
+Variant = tuple[Dtypes, LaunchPlan]
 
 #: What it is called, and what a process runs for it: a function and its arguments after the device.
 Compilation = tuple[str, Callable[..., None], tuple[Any, ...]]
@@ -30,14 +31,14 @@ Compilation = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 def variants_of(scale: Scale) -> list[Variant]:
     """Kernels that the run needs; how many tensors there are makes no difference to them."""
-    ways = [Plan(chunk=scale.chunk, stage_a_writes=writes) for writes in (True, False)]
+    ways = [LaunchPlan(chunk=scale.chunk, stage_a_writes=writes) for writes in (True, False)]
     found = [(dtypes, plan) for plan in ways for dtypes in scale.grid_dtypes]
     found += [(STEP_DTYPES[name], plan) for plan in ways for name in ("fp32", "mixed")]
-    found += [(STEP_DTYPES[name], Plan()) for name in ("fp32", *scale.step_dtypes)]
+    found += [(STEP_DTYPES[name], IN_USE) for name in ("fp32", *scale.step_dtypes)]
     if scale.sweep_models:
         sets = [STEP_DTYPES[name] for name in SWEEP_DTYPES]
         found += [(dtypes, plan) for dtypes in sets for plan in compiled_variants(dtypes)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys((dtypes, plan.decided(*dtypes)) for dtypes, plan in found))
 
 
 def compilations_of(scale: Scale) -> list[Compilation]:

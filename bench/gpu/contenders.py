@@ -27,8 +27,9 @@ from bench.contenders import (
     dals_contenders,
     torch_contenders,
 )
-from bench.gpu.driver import PassDriver, Plan, TensorSet
+from bench.gpu.driver import PassDriver, TensorSet
 from fused_dals.gather import flat_zeros
+from fused_dals.launch_plan import IN_USE
 from fused_dals.reference import compute_dtype
 
 PASS_ALONE = "DALS fused pass alone"
@@ -64,7 +65,7 @@ def beside_compiled(dtypes: Dtypes, budget: CompileBudget) -> dict[str, Contende
 
 def _pass_alone(state_dtype: torch.dtype) -> Factory:
     def build(named: Sequence[NamedParameter]) -> Step:
-        return PassDriver(tensor_set(named, state_dtype), Plan(), hyperparameters(lr=LR)).step
+        return PassDriver(tensor_set(named, state_dtype), IN_USE, hyperparameters(lr=LR)).step
 
     return build
 

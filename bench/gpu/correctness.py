@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from bench.byte_table import SHORT_NAMES, Dtypes
 from bench.compiled import even_blends, hyperparameters
-from bench.gpu.driver import PassDriver, Plan, TensorSet
+from bench.gpu.driver import PassDriver, TensorSet
 from bench.gpu.runner import DeviceLost
 from bench.machine import Machine
 from fused_dals import DALS
+from fused_dals.launch_plan import LaunchPlan
 from fused_dals.reference import dals_reference_
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -182,7 +183,7 @@ class Placed:
         self.guarded.append((buffer, free, _bits(buffer).clone()))
         return buffer.as_strided(value.shape, value.stride(), start)
 
-    def step(self, plan: Plan, order: Sequence[int] | None = None, **overrides: Any) -> Outcome:
+    def step(self, plan: LaunchPlan, order: Sequence[int] | None = None, **overrides: Any) -> Outcome:
         """One step of the tensors, listed in another ``order`` where one is given; the outcome is in the grid's."""
         order = range(len(self.tensors.params)) if order is None else order
         driver = PassDriver(self.tensors.reordered(order), plan, {**HYPERPARAMETERS, **overrides})
@@ -260,8 +261,8 @@ def dtypes_label(dtypes: Dtypes) -> str:
     return f"p {p}, g {g}, state {state}"
 
 
-def writer_label(plan: Plan) -> str:
-    return "A writes h and m" if plan.stage_a_writes else "A only reads"
+def writer_label(plan: LaunchPlan) -> str:
+    return "A writes h and m" if plan.a_writes() else "A only reads"
 
 
 # -- the grid --------------------------------------------------------------------------------------------------------
@@ -275,10 +276,12 @@ def check_grid(
     rounds = machine.device.type != "cpu"
     order = random.Random(seed).sample(range(len(specs)), len(specs))
     for stage_a_writes in (True, False):
-        plan = Plan(chunk=chunk, stage_a_writes=stage_a_writes)
+        plan = LaunchPlan(chunk=chunk, stage_a_writes=stage_a_writes)
         problems: list[str] = []
 
-        def run(plan: Plan, what: str, order: Sequence[int] | None = None, problems: list[str] = problems) -> Outcome:
+        def run(
+            plan: LaunchPlan, what: str, order: Sequence[int] | None = None, problems: list[str] = problems
+        ) -> Outcome:
             placed = Placed(originals, machine.device)
             outcome = placed.step(plan, order)
             try:

@@ -12,7 +12,6 @@ from bench.gpu.checks import LaunchRow, check_waiting, count_launches, time_host
 from bench.gpu.compile_ahead import compilations_of, compile_ahead
 from bench.gpu.contenders import beside_compiled, contenders_for
 from bench.gpu.correctness import Check, check_grid, check_optimizer, dtypes_label
-from bench.gpu.driver import Plan
 from bench.gpu.features import LATE_FEATURES, features
 from bench.gpu.races import hunt_races
 from bench.gpu.runner import LONG_SECONDS, SECTIONS, Deadline, DeviceLost, Job, Results
@@ -30,6 +29,7 @@ from bench.gpu.targets import (
 from bench.machine import Machine
 from bench.shapes import SHAPES
 from bench.timing import StepRow, finished, time_contenders
+from fused_dals.launch_plan import LaunchPlan
 
 #: What the largest model becomes where p, g, h and m do not fit.
 SMALLER = {"llama_7b": "llama_1b"}
@@ -89,7 +89,7 @@ def _grid_job(machine: Machine, scale: Scale, dtypes: Dtypes) -> Callable[[], It
 def _race_job(
     machine: Machine, scale: Scale, name: str, writes: bool, reruns: int, time_is_up: Callable[[], bool]
 ) -> Callable[[], Iterable[Check]]:
-    plan = Plan(chunk=scale.chunk, stage_a_writes=writes)
+    plan = LaunchPlan(chunk=scale.chunk, stage_a_writes=writes)
     return lambda: [hunt_races(machine, STEP_DTYPES[name], scale.crowd, plan, reruns, scale.seed, time_is_up)]
 
 

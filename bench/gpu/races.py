@@ -23,8 +23,9 @@ from bench.gpu.correctness import (
     reference_step,
     writer_label,
 )
-from bench.gpu.driver import PassDriver, Plan, TensorSet
+from bench.gpu.driver import PassDriver, TensorSet
 from bench.machine import Machine
+from fused_dals.launch_plan import LaunchPlan
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def hunt_races(
     machine: Machine,
     dtypes: Dtypes,
     crowd: Crowd,
-    plan: Plan,
+    plan: LaunchPlan,
     reruns: int,
     seed: int,
     time_is_up: Callable[[], bool] = lambda: False,

@@ -72,6 +72,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         settings = [str(plan[name]) for name in ("chunk", "tile", "num_warps", "programs_per_sm")] + [window]
         settings += ["A" if plan["stage_a_writes"] else "B", "yes" if plan["evict_first"] else "no"]
         settings.append("same" if plan["same_runs"] else "widest")
+        settings += ["chunk" if plan["most_in_b"] else "as A's", "yes" if plan["in_pairs"] else "no"]
         if row.device_s is None:
             failures.append(f"{row.model} {row.dtypes} {', '.join(settings)} failed: {row.error}")
             continue
@@ -87,6 +88,8 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         "h, m by",
         "evict first",
         "runs",
+        "B's tiles",
+        "pairs",
         "device ms",
         "p10",
         "p90",

@@ -25,6 +25,12 @@ SECONDS_PER_TENSOR = 0.4
 SECONDS_OF_A_HIT = 10.0
 
 
+class Resets:
+    """How often everything that torch.compile had compiled was dropped in this process."""
+
+    count = 0
+
+
 class OutOfTime(BaseException):
     """A time limit ran out. No Exception, so that nothing on the way takes it for its own."""
 
@@ -77,6 +83,7 @@ class CompileBudget:
                 step()
         except OutOfTime:
             torch.compiler.reset()
+            Resets.count += 1
             raise RuntimeError(f"left out: torch.compile was not done with it after {limit:.0f} s") from None
         finally:
             self.left_s -= time.monotonic() - start
@@ -103,16 +110,19 @@ class CompiledReference:
     def __init__(self, dtypes: Dtypes, budget: CompileBudget, **options: Any) -> None:
         self.dtypes, self.budget, self.options = dtypes, budget, options
         self.compiled: Callable[..., None] | None = None
+        self.resets = 0
 
     def contender(self) -> Contender:
         p, g, state = item_sizes(self.dtypes)
         return Contender(self.build, least_bytes(p, g, state), 2 * state, state)
 
     def build(self, named: Sequence[NamedParameter]) -> Step:
-        """Raises RuntimeError where no time is left, or compiling takes too long."""
+        """Raises RuntimeError where no time is left, or compiling takes too long, or is to be done once more."""
         budget = self.budget
         if self.compiled is None:
             budget.check(SECONDS_PER_TENSOR * len(named))
+        elif self.resets != Resets.count:
+            raise RuntimeError("left out: torch.compile dropped it, out of time for others")
         else:
             budget = CompileBudget(SECONDS_OF_A_HIT, SECONDS_OF_A_HIT)
         params = [parameter.detach() for _, parameter in named]
@@ -126,7 +136,7 @@ class CompiledReference:
             compiled(lists, lr, alpha)
 
         budget.first_call(step)
-        self.compiled = compiled
+        self.compiled, self.resets = compiled, Resets.count
         return step
 
 

@@ -41,7 +41,8 @@ class Contender:
 
     ``moves``: what a step must read and write at least. ``state``: what it keeps. ``scratch``: what a step needs for
     the moment, ``tensor_scratch``: the same per element of the largest tensor; guesses, only to decide whether
-    contenders fit into memory. ``capturable`` builds one whose step can be captured, where that takes more.
+    contenders fit into memory. ``capturable`` builds one whose step can be captured, where that takes more;
+    ``waits_for_device``: none can, because the step waits for the device in its midst.
     """
 
     build: Factory
@@ -50,6 +51,7 @@ class Contender:
     scratch: float = 0.0
     tensor_scratch: float = 0.0
     capturable: Factory | None = None
+    waits_for_device: bool = False
 
 
 def torch_contenders(dtypes: Dtypes) -> dict[str, Contender]:
@@ -160,9 +162,18 @@ def is_graph(contender: str) -> bool:
 def in_graphs(contenders: Mapping[str, Contender], machine: Machine) -> dict[str, Contender]:
     """The same contenders, each of whose steps is the replay of a CUDA graph."""
     return {
-        name + GRAPH: replace(contender, build=_captured(contender.capturable or contender.build, machine))
+        name + GRAPH: replace(
+            contender,
+            build=_cannot_be_captured
+            if contender.waits_for_device
+            else _captured(contender.capturable or contender.build, machine),
+        )
         for name, contender in contenders.items()
     }
+
+
+def _cannot_be_captured(named: Sequence[NamedParameter]) -> Step:
+    raise RuntimeError("left out: its step waits for the device, which a graph cannot hold")
 
 
 def _captured(build: Factory, machine: Machine) -> Factory:

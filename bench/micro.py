@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,13 @@ def run(
             if path is not None:
                 record.save(path, record_of(described, repeats, copies, rows))
     if machine.queues_work:
-        count_all_launches(machine, compiled, rows)
+
+        def save() -> None:
+            if path is not None:
+                record.save(path, record_of(described, repeats, copies, rows))
+
+        count_all_launches(machine, compiled, rows, save)
         print(launches_text(rows) + "\n")
-        if path is not None:
-            record.save(path, record_of(described, repeats, copies, rows))
     print(notes(machine.queues_work))
     if path is not None:
         print(f"\nresults: {path}")
@@ -128,15 +131,19 @@ def run(
 
 
 def count_all_launches(
-    machine: Machine, compiled: Mapping[tuple[str, str], CompiledReference], rows: Sequence[StepRow]
+    machine: Machine,
+    compiled: Mapping[tuple[str, str], CompiledReference],
+    rows: Sequence[StepRow],
+    after_each: Callable[[], object],
 ) -> None:
-    """Launches of every row of the lists of (model, dtypes)."""
+    """Launches of every row of the lists of (model, dtypes); ``after_each`` list."""
     from tqdm import tqdm
 
     for (model, name), reference in tqdm(compiled.items(), unit="list", desc="launches"):
         contenders = contenders_of(STEP_DTYPES[name], machine, reference)
         own = [row for row in rows if (row.model, row.dtypes) == (model, name)]
         count_launches(machine, own, list(SHAPES[model]()), STEP_DTYPES[name], contenders, SEED)
+        after_each()
 
 
 def contenders_of(dtypes: Dtypes, machine: Machine, compiled: CompiledReference) -> dict[str, Contender]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bench.contenders import BASELINE, is_graph
+from bench.contenders import BASELINE, GRAPH, is_graph
 from bench.table import format_table
 from bench.timing import Spread, StepRow, ratios
 
 #: What the columns mean, where work is queued on a device, and where it is not.
 DEVICE_NOTES = """\
 ms: CUDA events around several steps back to back, behind other work, so that the host's time is hidden as far as the
-queue of launches is long. host: step() into an empty queue, without waiting. A loop of steps takes the larger one."""
+queue of launches is long; *: the device waited for the host all the same, whose time it is. host: step() into an
+empty queue, without waiting. A loop of steps takes the larger one."""
 HOST_NOTES = """\
 ms: wall clock of a step, of several where one is short. What updates in place may be faster than a copy, which also
 reads the lines that it writes."""
@@ -61,7 +62,7 @@ def step_cells(rows: Sequence[StepRow], copy_bandwidth: float | None) -> tuple[l
 
     columns: dict[str, Callable[[StepRow], str | None]] = {
         "contender": lambda row: row.contender,
-        "ms": lambda row: f"{1e3 * spread(row).median:.3f}",
+        "ms": lambda row: f"{1e3 * spread(row).median:.3f}" + "*" * waits_for_host(row, rows),
         "p10": lambda row: f"{1e3 * spread(row).p10:.3f}",
         "p90": lambda row: f"{1e3 * spread(row).p90:.3f}",
         f"x {BASELINE}": lambda row: f"{relative[row.contender].median:.2f}" if row.contender in relative else None,
@@ -76,12 +77,29 @@ def step_cells(rows: Sequence[StepRow], copy_bandwidth: float | None) -> tuple[l
     return list(kept), [[cell or "-" for cell in line] for line in zip(*kept.values(), strict=True)]
 
 
+#: A replay launches what its contender does, and nothing can be much faster than that but by not waiting.
+MOST_BY_WAITING = 1.5
+
+
+def waits_for_host(row: StepRow, rows: Sequence[StepRow]) -> bool:
+    """Whether a row's time is the host's: as the sampler found, or as the same steps in a graph tell."""
+    if row.host_bound:
+        return True
+    key = row.model, row.dtypes, row.contender + GRAPH
+    replayed = next((some for some in rows if (some.model, some.dtypes, some.contender) == key), None)
+    if row.device_s is None or replayed is None or replayed.device_s is None:
+        return False
+    return row.device_s.median > MOST_BY_WAITING * replayed.device_s.median
+
+
 def launches_text(rows: Sequence[StepRow]) -> str:
     """What each contender's step launches, a line per model and dtypes."""
     lines = ["launches per step"]
     for key in dict.fromkeys((row.model, row.dtypes) for row in rows):
-        counts = [f"{row.contender} {row.launches}" for row in rows if (row.model, row.dtypes) == key and row.launches]
+        members = [row for row in rows if (row.model, row.dtypes) == key]
+        counts = [f"{row.contender} {row.launches}" for row in members if row.launches]
         lines.append(f"{' '.join(key)}: {', '.join(counts) or 'not counted'}")
+        lines += [f"{row.contender} not counted: {row.launches_error}" for row in members if row.launches_error]
     return "\n".join(lines)
 
 

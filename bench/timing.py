@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +18,15 @@ from bench.shapes import NamedShape
 WARMUP_STEPS = 3
 #: A sample is several steps back to back: about so much device time, and at most so much host time.
 SAMPLE_DEVICE_S, SAMPLE_HOST_S, MOST_STEPS = 5e-3, 10e-3, 20
+#: Work that a sample hides the host's time behind, in units of that time.
+LEAD = 1.5
+#: How often a sample is taken anew where the host was slower than the lead is long, each time behind a longer one.
+RETAKES = 2
+#: So late the host may be: 1 % of a sample.
+LATE_S = 5e-5
+#: What a device has left to do at most when the host has queued all of it, where it has been waiting for the host.
+#: A queue that is full, some thousand launches, has more.
+IDLE_S = 1e-3
 #: Share of the free memory that contenders may fill.
 MEMORY_SHARE = 0.9
 
@@ -41,7 +49,8 @@ class Spread:
 class StepRow:
     """One contender's step on one list of tensors; `error` says why it has no figures.
 
-    Where nothing is queued, device time is the host's own, and there is no host time beside it.
+    Where nothing is queued, device time is the host's own, and there is no host time beside it. ``host_bound``: the
+    device waited for the host in most samples, whatever was queued before; its time is the host's.
     """
 
     model: str
@@ -59,6 +68,8 @@ class StepRow:
     bytes_per_s: float | None = None
     peak_extra_bytes: int | None = None
     launches: int | None = None
+    launches_error: str | None = None
+    host_bound: bool = False
     error: str | None = None
 
 
@@ -109,18 +120,50 @@ class Sampler:
             step()
         self.host_s = min(host_sample(machine, step, 3))
         self.steps = 1
+        self.retakes = RETAKES
+        self.taken = self.waited = 0  # samples, and those in which the device waited for the host
         device_s = self.sample() if machine.queues_work else self.host_s
         wanted = min(SAMPLE_DEVICE_S / max(device_s, 1e-9), SAMPLE_HOST_S / max(self.host_s, 1e-9), MOST_STEPS)
         self.steps = max(1, math.floor(wanted))
 
     def sample(self) -> float:
         """Device seconds per step."""
+        if not self.machine.queues_work:
+            return self._take(0.0)[0] / self.steps
+        lead_s = LEAD * self.steps * self.host_s
+        device_s, late_s = self._take(lead_s)
+        for _ in range(self.retakes):
+            if late_s <= LATE_S:
+                break
+            longer_s = lead_s + LEAD * late_s
+            device_s, still_late_s = self._take(longer_s)
+            if still_late_s > 0.5 * late_s:  # the queue is full, and no lead makes it longer
+                self.retakes = 0
+            else:
+                lead_s, self.host_s = longer_s, longer_s / (LEAD * self.steps)
+            late_s = still_late_s
+        self.taken += 1
+        self.waited += late_s > 0.5 * device_s and device_s - late_s < IDLE_S
+        return device_s / self.steps
+
+    def _take(self, lead_s: float) -> tuple[float, float]:
+        """Device seconds of all steps, and by how much the host was still at them when the lead was over."""
+        start = end = 0.0
 
         def steps() -> None:
+            nonlocal start, end
+            start = time.perf_counter()
             for _ in range(self.steps):
                 self.step()
+            end = time.perf_counter()
 
-        return self.machine.seconds(steps, lead_s=1.5 * self.steps * self.host_s) / self.steps
+        device_s = self.machine.seconds(steps, lead_s=lead_s)
+        return device_s, end - start - lead_s
+
+    @property
+    def host_bound(self) -> bool:
+        """Whether the device waited for the host in most samples."""
+        return 2 * self.waited > self.taken
 
 
 def needed_bytes(shapes: Sequence[NamedShape], dtypes: Dtypes, contender: Contender) -> float:
@@ -228,7 +271,7 @@ def _time_group(
 
 def _finish(machine: Machine, sampler: Sampler, row: StepRow, samples: int) -> None:
     """Host time, memory, and what follows from the samples."""
-    row.steps_per_sample = sampler.steps
+    row.steps_per_sample, row.host_bound = sampler.steps, sampler.host_bound
     if machine.queues_work:
         row.host_samples_s = host_sample(machine, sampler.step, samples)
         row.host_s = Spread.of(row.host_samples_s)
@@ -250,18 +293,20 @@ def count_launches(
     contenders: Mapping[str, Contender],
     seed: int,
 ) -> None:
-    """Write into the rows without an error what a step launches. A contender that does not do it again has no count.
+    """Write into the rows without an error what a step launches, or why that could not be counted.
 
     For the end of a run: once torch's profiler was there, the host may stay slower (pytorch issue 146604).
     """
     named = make_parameters(shapes, dtypes, machine.device, seed)
     for row in rows:
         if row.error is None and row.contender in contenders:
-            with suppress(Exception):
+            try:
                 step = contenders[row.contender].build(named)
                 for _ in range(WARMUP_STEPS):
                     step()
                 row.launches = len(machine.launches(step))
+            except Exception as error:
+                row.launches_error = one_line(error)
         machine.release()
 
 

@@ -74,6 +74,11 @@ class FakeGraph:
         FakeStream.order.append("capture")
         yield
         FakeStream.order.append("end")
+        type(self).ends()
+
+    @staticmethod
+    def ends() -> None:
+        pass
 
     def replay(self) -> None:
         FakeStream.order.append("replay")
@@ -166,6 +171,14 @@ def test_the_machine_against_a_stand_in_of_torch_cuda(monkeypatch: pytest.Monkey
     FakeStream.order = []
     machine.capture(lambda: FakeStream.order.append("warm up"), lambda: FakeStream.order.append("work"))()
     assert FakeStream.order == ["waits", "warm up", "waits", "capture", "work", "end", "back", "replay"]
+
+    def breaks() -> None:
+        monkeypatch.setattr(FakeGraph, "ends", fail)
+
+    for _ in range(2):
+        with pytest.raises(KeyError if not machine.broken_capture else RuntimeError, match="none"):
+            machine.capture(lambda: None, breaks)
+    assert machine.broken_capture == "KeyError: 'none'", "and no other is begun"
 
 
 def test_launches_are_what_the_device_executes() -> None:

@@ -260,7 +260,7 @@ def test_columns_that_nobody_has_are_left_out() -> None:
 
 
 def test_launches_are_counted_after_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A contender that is not there any more has no count, and neither has one without figures."""
+    """A contender that is not there any more has no count, and neither has one without figures, or one that fails."""
 
     class Counting(HostMachine):
         def launches(self, work: Callable[[], object]) -> list[Launch]:
@@ -273,11 +273,16 @@ def test_launches_are_counted_after_all_times(monkeypatch: pytest.MonkeyPatch) -
     rows[0].error = "failed"
     for row in rows:
         row.model = "tiny"
-    micro.count_all_launches(Counting(), {("tiny", "fp32"): reference}, rows)
+    saved: list[int] = []
+    micro.count_all_launches(Counting(), {("tiny", "fp32"): reference}, rows, lambda: saved.append(1))
+    assert saved == [1]
     counted = {row.contender: row.launches for row in rows}
     assert counted.pop(rows[0].contender) is None and counted.pop("gone") is None and set(counted.values()) == {3}
     (line,) = launches_text(rows).splitlines()[1:]
     assert line.startswith("tiny fp32: ") and f"{COMPILED} 3" in line and "gone" not in line
+    reference.resets -= 1  # as if torch had been reset since
+    micro.count_all_launches(Counting(), {("tiny", "fp32"): reference}, rows, lambda: None)
+    assert f"{COMPILED} not counted: RuntimeError: left out: torch.compile dropped it" in launches_text(rows)
 
 
 def test_a_list_is_compiled_once_and_lists_do_not_drop_each_other() -> None:
@@ -306,6 +311,8 @@ def test_on_a_device_everybody_is_timed_in_a_graph_too() -> None:
     names = [name for name in everybody("fp32", Device()) if not contenders.is_graph(name)]
     assert set(everybody("fp32", Device())) == {*names, *(name + contenders.GRAPH for name in names)}
     assert {COMPILED, peers.LAMB, peers.BNB_LARS, LOOP} < set(names)
+    with pytest.raises(RuntimeError, match="left out: its step waits for the device, which a graph cannot hold"):
+        everybody("fp32", Device())[peers.BNB_LARS + contenders.GRAPH].build([])
     assert not any(map(contenders.is_graph, everybody("fp32")))
 
 

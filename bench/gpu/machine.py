@@ -17,6 +17,7 @@ import torch
 
 from bench.gpu.runner import DeviceLost
 from bench.machine import Launch
+from bench.timing import one_line
 
 #: Far above what one launch, or what is queued before it, can take: a second.
 HANG_SECONDS = 10.0
@@ -44,6 +45,7 @@ class CudaMachine:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.driver_answers = True
+        self.broken_capture = ""  # what a capture that could not be ended in order said
         properties = torch.cuda.get_device_properties(self.device)
         self.l2_bytes: int = properties.L2_cache_size
         self.source = torch.randn(COPY_BYTES // 4, device=self.device)
@@ -143,6 +145,8 @@ class CudaMachine:
             torch.cuda.set_sync_debug_mode("default")
 
     def capture(self, warm_up: Callable[[], object], work: Callable[[], object]) -> Callable[[], object]:
+        if self.broken_capture:
+            raise RuntimeError(f"left out: torch may not give memory back since a capture broke: {self.broken_capture}")
         self.wait()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -152,9 +156,18 @@ class CudaMachine:
         self.wait()  # here, where it can be given up; capture begins with a wait of its own
         gc.collect()  # no graph of before may be destroyed in the midst of it
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        own: list[Exception] = []
         try:
             with torch.cuda.graph(graph):
-                work()
+                try:
+                    work()
+                except Exception as error:
+                    own.append(error)
+                    raise
+        except Exception as error:
+            if error not in own:  # the end of the capture itself; torch before 2.12 then goes on as if in a capture
+                self.broken_capture = one_line(error)
+            raise
         finally:
             torch.cuda.set_stream(before)  # where the capture fails, torch stays on the stream of the capture
         replay: Callable[[], object] = graph.replay

@@ -13,7 +13,7 @@ from bench.contenders import ADAMW, BASELINE, FUSED
 from bench.host import cost_table
 from bench.report.results import CounterFile, Results, StepFile
 from bench.shapes import MODELS, SHAPES
-from bench.step_table import notes, step_cells, title
+from bench.step_table import notes, step_cells, title, waits_for_host
 from bench.table import results_table
 from bench.timing import StepRow, ratios
 from bench.traffic import MOST_CHUNKS, TRIES_ON, USABLE
@@ -22,7 +22,8 @@ NO_GPU = "There is no GPU figure yet."
 HOW_TO_READ = (
     "One step in milliseconds, medians. In brackets the time in units of a baseline's, round by round: all contenders "
     "took their samples in turn, but for lists that memory did not hold for all of them, one by one. fp32: all "
-    "numbers; mixed: bfloat16 parameters and gradients with float32 state; bf16: state too."
+    "numbers; mixed: bfloat16 parameters and gradients with float32 state; bf16: state too. *: the GPU waited for the "
+    "host, whose time it is."
 )
 #: Lists of tensors beside each other in one table of the README; more are a table for each set of dtypes.
 MOST_COLUMNS = 6
@@ -119,7 +120,7 @@ def _pivot(rows: Sequence[StepRow], baseline: str) -> str:
         for key in lists:
             row = next((row for row in of_list[key] if row.contender == contender), None)
             ratio = None if row is None or contender == baseline else relative[key].get(contender)
-            cells.append(_milliseconds(row, ratio))
+            cells.append(_milliseconds(row, ratio, of_list[key]))
         if _ran(contender, rows):
             lines.append([contender, *cells])
     # Contenders that had the memory to themselves are not to be compared in earnest.
@@ -132,10 +133,11 @@ def _ran(contender: str, rows: Sequence[StepRow]) -> bool:
     return any(row.contender == contender and row.device_s is not None for row in rows)
 
 
-def _milliseconds(row: StepRow | None, ratio: Any) -> str:
+def _milliseconds(row: StepRow | None, ratio: Any, beside: Sequence[StepRow]) -> str:
     if row is None or row.device_s is None:
         return "-"
     time = f"{1e3 * row.device_s.median:.3g}" if row.device_s.median < 1 else f"{1e3 * row.device_s.median:.0f}"
+    time += "*" * waits_for_host(row, beside)
     return time if ratio is None else f"{time} ({ratio.median:.2f})"
 
 

@@ -172,7 +172,8 @@ def time_training(
         samplers[name] = Sampler(machine, steps[name].whole)
 
     with suppress(Exception):  # what the device's libraries allocate once is nobody's; what is wrong will be a row
-        TrainingStep(TASKS[model], "tiny", machine, optimizers[0], "eager", budget).whole()
+        tiny = "graph" if mode == "graph" else "eager"  # libraries have memory for each stream
+        TrainingStep(TASKS[model], "tiny", machine, optimizers[0], tiny, budget).whole()
     machine.release()
     for name in optimizers:
         attempt(name, build)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fused_dals.gather import STATE_KEYS, Joined, TensorBatch, lay_out_alike, problem_of, state_dtypes
+from fused_dals.gather import STATE_KEYS, Joined, TensorBatch, has_state, lay_out_alike, problem_of, state_dtypes
 from fused_dals.kernels.layout import MAX_DIMS
 from fused_dals.overlap import find_overlap
 from fused_dals.sharding import Place
@@ -58,7 +58,7 @@ def awaited_batches(
         group = groups[group_index]
         param = group["params"][position]
         entry = state.get(param)
-        if param.grad is not None or not param.requires_grad or param.device not in devices or not entry:
+        if param.grad is not None or not param.requires_grad or param.device not in devices or not has_state(entry):
             continue
         if not param.numel():
             continue  # no chunk of it would say that it was not stepped

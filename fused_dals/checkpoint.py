@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from fused_dals.gather import (
     STATE_KEYS,
     SUPPORTED_DTYPES,
     empty_state,
+    has_state,
     parameter_label,
     state_dtypes,
 )
-from fused_dals.hyperparameters import COUNTERS, check_counters, check_hyperparameters
+from fused_dals.hyperparameters import COUNTERS, check_counters, check_hyperparameters, plain
 from fused_dals.sharding import like, local
 
 #: Keys that the checkpoints of the first days did not have: the optimizer's own values stand in.
@@ -46,7 +48,8 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
     groups = optimizer.param_groups
     saved_groups = _checked_groups(groups, state_dict)
     dtypes: dict[Tensor, dict[str, torch.dtype]] = {}
-    loaded = _checked_state(groups, saved_groups, state_dict["state"], dtypes)
+    others: dict[Any, Any] = {}
+    loaded = _checked_state(groups, saved_groups, state_dict["state"], dtypes, others)
     _keep_swapped(optimizer, loaded)
 
     for param in [param for param in optimizer.state if param not in loaded]:
@@ -61,17 +64,25 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
                 local(current[key]).copy_(local(saved[key]))
             else:  # a compensation that the checkpoint's weights did not have
                 local(current[key]).zero_()
-        for key in [key for key in (*STATE_KEYS, COMPENSATION_KEY) if key in current and key not in dtypes[param]]:
+        for key in [key for key in current if key not in dtypes[param]]:
             del current[key]
+        # What somebody else keeps beside it comes along, as with torch's optimizers.
+        current.update({key: _own(value, param) for key, value in saved.items() if key not in dtypes[param]})
+    for name, foreign in others.items():
+        optimizer.state[name] = foreign
     for group, saved_group in zip(groups, saved_groups, strict=True):
         # The parameters are this optimizer's, and so are their names where it has any; all else is the checkpoint's.
         own = ("params", "param_names") if "param_names" in group else ("params",)
+        for key in [key for key in group if key not in (*own, *optimizer.defaults, *saved_group)]:
+            del group[key]  # such as a depth that was set since
         group.update({key: value for key, value in saved_group.items() if key not in own})
     return {key: saved_groups[0][key] for key in COUNTERS}
 
 
 def _fits(have: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
     """Whether a state tensor is what this parameter needs, split over the ranks as it is."""
+    if have.is_inference():
+        return False
     wanted = (local(param).shape, param.shape, param.device, dtype, getattr(param, "placements", None))
     return (local(have).shape, have.shape, have.device, have.dtype, getattr(have, "placements", None)) == wanted
 
@@ -136,8 +147,10 @@ def _checked_state(
     saved_groups: list[dict[str, Any]],
     saved_state: Mapping[Any, Any],
     dtypes: dict[Tensor, dict[str, torch.dtype]],
+    others: dict[Any, Any],
 ) -> dict[Tensor, Mapping[str, Tensor]]:
-    """The saved state by parameter; ``dtypes`` receives what each is to be stored in, by the checkpoint's groups."""
+    """The saved state by parameter; ``dtypes`` receives what each is to be stored in, by the checkpoint's groups, and
+    ``others`` copies of what somebody keeps there under a name that is no parameter's."""
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
     saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))
     place_of: dict[Any, tuple[int, int]] = {}
@@ -151,6 +164,9 @@ def _checked_state(
         place_of[saved_id] = place
     loaded: dict[Tensor, Mapping[str, Tensor]] = {}
     for saved_id, entry in saved_state.items():
+        if isinstance(saved_id, str) and saved_id not in place_of and not _is_of_a_parameter(entry):
+            others.update(_copied({saved_id: entry}, "checkpoint: state"))
+            continue
         if saved_id not in place_of:
             raise ValueError(f"checkpoint: state entry {shown(saved_id)} belongs to no parameter of its groups")
         group_index, position = place_of[saved_id]
@@ -160,7 +176,8 @@ def _checked_state(
         if not entry:
             continue
         dtypes[param] = state_dtypes(param, saved_groups[group_index])
-        if {*entry, COMPENSATION_KEY} != {*dtypes[param], COMPENSATION_KEY} or len(entry) > len(dtypes[param]):
+        needless = COMPENSATION_KEY in entry and COMPENSATION_KEY not in dtypes[param]
+        if needless or any(key not in entry for key in STATE_KEYS):
             raise ValueError(
                 f"checkpoint: state of parameter {label!r} has entries {sorted(map(str, entry))}, expected "
                 f"{sorted(dtypes[param])}; was it written by another optimizer, or for parameters of another dtype?"
@@ -193,13 +210,31 @@ def _checked_state(
     return loaded
 
 
+def _is_of_a_parameter(entry: Any) -> bool:
+    """Whether a state entry is that of a parameter, of this optimizer or another one."""
+    if not isinstance(entry, Mapping):
+        return False
+    return has_state(entry) or any(isinstance(value, Tensor) and value.dim() for value in entry.values())
+
+
+def _own(value: Any, param: Tensor) -> Any:
+    """A copy of what somebody else keeps in a parameter's state, on its device."""
+    return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
 def _split_alike(value: Tensor, param: Tensor) -> bool:
     return getattr(value, "placements", None) == getattr(param, "placements", None)
 
 
 def _keep_swapped(optimizer: Optimizer, loaded: dict[Tensor, Mapping[str, Tensor]]) -> None:
     """Copy what is the optimizer's own state, saved for another place: loading would write over it before reading."""
-    own = {id(value) for entry in optimizer.state.values() for value in entry.values()}
+    own = {
+        id(value)
+        for entry in optimizer.state.values()
+        if isinstance(entry, Mapping)
+        for value in entry.values()
+        if isinstance(value, Tensor)
+    }
     for param, entry in loaded.items():
         current = optimizer.state.get(param, {})
         loaded[param] = {
@@ -208,11 +243,14 @@ def _keep_swapped(optimizer: Optimizer, loaded: dict[Tensor, Mapping[str, Tensor
         }
 
 
-def pack_dtypes(packed: Mapping[str, Any]) -> None:
-    """Put names in the place of the groups' dtypes: full and flattened checkpoints of shards hold nothing but plain
-    values."""
+def pack_plain(packed: Mapping[str, Any]) -> None:
+    """Put names in the place of the groups' dtypes, and Python's numbers in that of NumPy's, which a scheduler may have
+    written: full and flattened checkpoints of shards, and ``torch.load``, take nothing but plain values."""
     for group in packed.get("param_groups", ()):
-        if isinstance(group, dict) and isinstance(group.get("state_dtype"), torch.dtype):
+        if not isinstance(group, dict):
+            continue
+        group.update({key: plain(value) for key, value in group.items() if isinstance(value, Real)})
+        if isinstance(group.get("state_dtype"), torch.dtype):
             group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
 
 

@@ -134,7 +134,8 @@ def _matches(expression: str, name: str) -> bool:
 class DepthMap:
     """The depth of every parameter of an optimizer, as groups come and parameters are swapped.
 
-    Nothing is kept per tensor: wrappers replace parameters after an optimizer is built, names and positions stay.
+    Nothing is kept per tensor: wrappers replace parameters after an optimizer is built, names and positions stay. A
+    group has the ``number`` by which it joined, wherever it is now (Runtime.number_of).
     """
 
     version = 0  # goes up when something new was learned
@@ -170,14 +171,14 @@ class DepthMap:
             self._auto = depths_from_names(self._groups_of_names)
             self.version += 1
 
-    def learn_rule(self, rule: DepthRule, group_index: int, labelled: Iterable[tuple[str, Tensor]], where: str) -> None:
+    def learn_rule(self, rule: DepthRule, number: int, labelled: Iterable[tuple[str, Tensor]], where: str) -> None:
         """Keep what a dict or a callable says of a group's (label, parameter) pairs.
 
         A dict need not cover all of them. An exact name wins over a regular expression, an earlier one over a later;
         a key that is some parameter's name is never taken for an expression.
         """
         if isinstance(rule, Depths):
-            found = {(group_index, label): d for label, d in rule.of([label for label, _ in labelled]).items()}
+            found = {(number, label): d for label, d in rule.of([label for label, _ in labelled]).items()}
         elif isinstance(rule, Mapping):
             labels = [label for label, _ in labelled]
             literal = {*self.names, *labels}
@@ -185,30 +186,30 @@ class DepthMap:
             for label in labels:
                 keys = [label] if label in rule else [k for k in rule if k not in literal and _matches(k, label)]
                 if keys:
-                    found[group_index, label] = float(rule[keys[0]])
+                    found[number, label] = float(rule[keys[0]])
         elif callable(rule):
             found = {
-                (group_index, label): check_depth(rule(label, param), f"{where}: depth of {label!r}")
+                (number, label): check_depth(rule(label, param), f"{where}: depth of {label!r}")
                 for label, param in labelled
             }
         else:
             return
         self._learn(found)
 
-    def goes_by_name(self, group_index: int, name: str, rule: DepthRule) -> bool:
+    def goes_by_name(self, number: int, name: str, rule: DepthRule) -> bool:
         """Whether the depth under ``rule`` is that of any other parameter with this name; numbers are no rule here."""
         if rule is self.rule and isinstance(rule, Mapping):
             return True
-        return (group_index, name) not in self._explicit
+        return (number, name) not in self._explicit
 
-    def relabel(self, group_index: int, before: Iterable[str], after: Iterable[str]) -> None:
+    def relabel(self, number: int, before: Iterable[str], after: Iterable[str]) -> None:
         """Keep what was said of a group's parameters when a checkpoint gave them names."""
         known = self._explicit
         self._learn(
             {
-                (group_index, new): known[group_index, old]
+                (number, new): known[number, old]
                 for old, new in zip(before, after, strict=True)
-                if (group_index, old) in known
+                if (number, old) in known
             }
         )
 
@@ -223,19 +224,19 @@ class DepthMap:
             said.setdefault(label, set()).add(depth)
         self._by_name = {label: depths.pop() for label, depths in said.items() if len(depths) == 1}
 
-    def ranks_positions(self, group_index: int, labels: Iterable[str], fixed: float | None) -> bool:
+    def ranks_positions(self, number: int, labels: Iterable[str], fixed: float | None) -> bool:
         """Whether some parameter of an unnamed group gets its depth from its place in the group alone."""
-        return fixed is None and any((group_index, label) not in self._explicit for label in labels)
+        return fixed is None and any((number, label) not in self._explicit for label in labels)
 
     def of_group(
-        self, group_index: int, labels: Sequence[str], names: Sequence[str] | None, fixed: float | None
+        self, number: int, labels: Sequence[str], names: Sequence[str] | None, fixed: float | None
     ) -> list[float]:
-        """Depths of a group's parameters: ``group["depth"]``, else the rule's word, else the rank of the module.
+        """Depths of a group's parameters: ``group["depth"]``, checked, else the rule's word, else the module's rank.
 
         ``labels`` has one entry per parameter; ``names`` is None where parameters have no names.
         """
         if fixed is not None:
-            return [check_live_depth(fixed, f"group {group_index}")] * len(labels)
+            return [fixed] * len(labels)
         if names is None:
             auto = evenly_spaced(len(labels))
         else:
@@ -245,6 +246,5 @@ class DepthMap:
             return auto
         by_name = {} if names is None else self._by_name  # other labels are places, which go to other parameters
         return [
-            self._explicit.get((group_index, label), by_name.get(label, d))
-            for label, d in zip(labels, auto, strict=True)
+            self._explicit.get((number, label), by_name.get(label, d)) for label, d in zip(labels, auto, strict=True)
         ]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -192,7 +192,12 @@ def problem_of(param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Map
         return f"it has shape {tuple(param.shape)} and its gradient {tuple(grad.shape)}"
     if group["compensated"] and param.dtype == torch.float16:
         return "it is float16, and compensated=True serves bfloat16 (wider parameters need no compensation)"
-    return _problem_of_state(param, group, state) if state else ""
+    return _problem_of_state(param, group, state) if has_state(state) else ""
+
+
+def has_state(entry: Mapping[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Whether a parameter's entry has state of this optimizer; others may keep things of theirs there, too."""
+    return entry is not None and any(key in entry for key in STATE_KEYS)
 
 
 def _problem_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
@@ -203,6 +208,8 @@ def _problem_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[st
             continue  # it comes with the group's flag
         if not isinstance(have, Tensor):
             return f"its state has {type(have).__name__} for {key}, not a tensor; {anew}"
+        if have.is_inference():
+            return f"its {key} was made in torch.inference_mode(), and cannot be written outside of it; {anew}"
         if have.shape != param.shape or local(have).shape != local(param).shape:
             return f"it has shape {tuple(local(param).shape)} and its {key} {tuple(local(have).shape)}; {anew}"
         if getattr(have, "placements", None) != getattr(param, "placements", None):
@@ -249,7 +256,7 @@ def create_missing_state(
             if not trains or not usable or is_lazy(param):
                 continue
             dtypes, is_flat = state_dtypes(param, group), flat(group, param)
-            if state.get(param):
+            if has_state(state.get(param)):
                 if COMPENSATION_KEY not in dtypes:
                     state[param].pop(COMPENSATION_KEY, None)
                 if is_flat and param.grad is not None:  # that of others has not been checked, and is not stepped

@@ -5,16 +5,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Complex, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from fused_dals import host
 from fused_dals.capture import is_capturing
 from fused_dals.launcher import ALIGNMENT
 from fused_dals.loss_average import LossAverage, OnItsWay
+from fused_dals.sharding import is_distributed_tensor
 
 NO_LOSS_WARNING = (
     "{optimizer} has not been given a loss since it was made, loaded or copied: its phase stays as it is, 1 if there "
@@ -105,6 +109,8 @@ class LossSignal:
     def take(self, device: torch.device) -> StepLoss:
         """Hand over the losses of this step, on ``device``, those of all ranks where there are several."""
         self._take_back()
+        if self.pending is not None:  # observed inside torch.func.grad, whose tensors have no address
+            self.pending = functorch.unwrap_if_dead(self.pending)
         if self.average.active():
             self.average.open()
             if self._flight is None:
@@ -154,7 +160,7 @@ class WatchLoss:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         signal = self._signal()
-        if signal is None or not module.training or not torch.is_grad_enabled():
+        if signal is None or not module.training or not torch.is_grad_enabled() or _is_being_traced():
             return
         loss = output
         if not isinstance(output, Tensor):
@@ -170,7 +176,14 @@ class WatchLoss:
                 f"watch_loss: {type(module).__name__} returned {what}, neither a scalar loss nor an output with a "
                 f"scalar .loss; {instead}"
             )
+        if why_no_number(loss):  # a tracer's, or one for each sample
+            return
         signal.observe(loss)
+
+
+def _is_being_traced() -> bool:
+    """Whether a forward pass is only looked at, and trains nothing."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def watch(module: nn.Module, signal: LossSignal) -> RemovableHandle:
@@ -186,17 +199,36 @@ def _is_readable(scalar: Tensor) -> bool:
     return plain and scalar.dtype in _READABLE and scalar.data_ptr() % ALIGNMENT == 0
 
 
+def why_no_number(loss: Tensor) -> str:
+    """What a tensor stands for that has no number to observe; empty where it has one."""
+    if torch.compiler.is_compiling():  # what is compiled has numbers when it runs
+        return ""
+    if isinstance(loss, FakeTensor):
+        return "of a tracer, without a value"
+    while functorch.is_gradtrackingtensor(loss):
+        loss = functorch.get_unwrapped(loss)
+    if functorch.is_batchedtensor(loss):
+        return "one for each sample, inside torch.func.vmap; observe their mean, outside"
+    return ""
+
+
 def as_scalar(loss: Tensor | float) -> Tensor:
-    """``loss`` detached and 0-dim, in its own memory if it is a tensor."""
+    """``loss`` detached and 0-dim, in its own memory if it is a tensor; of a DTensor, the whole of it."""
     if not isinstance(loss, Tensor):
-        if not hasattr(loss, "__float__"):
+        if not hasattr(loss, "__float__") or (isinstance(loss, Complex) and not isinstance(loss, Real)):
             raise TypeError(f"loss must be a number or a scalar tensor, got {type(loss).__name__}")
         try:
             return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
         except (TypeError, OverflowError) as error:
             raise TypeError(f"loss must be a number or a scalar tensor: {error}") from None
-    if loss.layout != torch.strided or loss.device.type == "meta":
-        raise TypeError(f"loss must be a dense tensor with a value, got {loss.layout} on {loss.device}")
+    if loss.is_nested or loss.layout != torch.strided or loss.device.type == "meta":
+        what = "a nested tensor" if loss.is_nested else str(loss.layout)
+        raise TypeError(f"loss must be a dense tensor with a value, got {what} on {loss.device}")
+    if why := why_no_number(loss):
+        raise TypeError(f"loss must be a number, and this one is {why}")
+    if is_distributed_tensor(loss):  # as torch.distributed.tensor.parallel.loss_parallel has it
+        whole: Tensor = loss.detach().full_tensor()  # type: ignore[attr-defined]
+        loss = whole
     if loss.numel() != 1:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}; pass its mean, loss.mean()")
     if loss.is_complex():

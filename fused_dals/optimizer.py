@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from fused_dals.checkpoint import load_checkpoint, own_memory, pack_dtypes
+from fused_dals.checkpoint import load_checkpoint, own_memory, pack_plain
 from fused_dals.depth_rule import DepthMap, DepthRule, check_depth_keys, check_rule, repeated_name_warning
 from fused_dals.gather import create_missing_state, group_labels, parameter_names, unique_labels
 from fused_dals.hyperparameters import (
@@ -28,8 +28,9 @@ from fused_dals.hyperparameters import (
 from fused_dals.kernels import layout
 from fused_dals.loss_average import LossAverage, LossGroup, check_process_group
 from fused_dals.loss_signal import LossSignal, watch
+from fused_dals.outside_inference import outside_inference_mode
 from fused_dals.phase import select_by_phase
-from fused_dals.runtime import Runtime
+from fused_dals.runtime import JoinedGroup, Runtime
 from fused_dals.scalars import scheduled_lr
 from fused_dals.sharding import Partitions
 from fused_dals.stats import trust_ratios_by_label
@@ -189,6 +190,7 @@ class DALS(torch.optim.Optimizer):
         super().__init__(params, defaults)
         check_depth_keys(depth, self._runtime.depths.names, where)
 
+    @outside_inference_mode
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time; names, depths and hyperparameters are checked before it joins.
 
@@ -204,9 +206,11 @@ class DALS(torch.optim.Optimizer):
             raise TypeError(f"{where}: 'params' is a module; pass its named_parameters()")
         check_group_keys(param_group, where)
         check_names(param_group.get("param_names"), where)
-        param_group["params"] = check_params(param_group["params"], where)
         depths = self._runtime.depths
         rule = check_rule(param_group.get("depth", depths.rule), where)
+        if "depth" in param_group and (isinstance(rule, str | Mapping) or callable(rule)):
+            param_group = dict(param_group)  # such a rule is taken now, and stays in the caller's dict for another use
+        param_group["params"] = check_params(param_group["params"], where)
         hyperparameters = {**self.defaults, **param_group, "depth": None}
         check_hyperparameters(hyperparameters, where)
 
@@ -214,7 +218,8 @@ class DALS(torch.optim.Optimizer):
         try:
             _drop_duplicates(param_group)
             names = parameter_names(param_group)
-            labelled = list(zip(group_labels(param_group, index), param_group["params"], strict=True))
+            number = len(self._runtime.joined)
+            labelled = list(zip(group_labels(param_group, number), param_group["params"], strict=True))
             if isinstance(rule, Mapping) and names is None:
                 raise ValueError(
                     f"{where}: depth is a dict of names, but the parameters have none: pass the model itself, "
@@ -222,13 +227,13 @@ class DALS(torch.optim.Optimizer):
                 )
             if rule is not depths.rule:
                 check_depth_keys(rule, names or (), where)
-            depths.learn_rule(rule, index, labelled, where)
+            depths.learn_rule(rule, number, labelled, where)
             count = Counter(names or ())
             known = [name for name in names or () if name in depths.names or count[name] > 1]
             depths.learn_names(names or ())
             params = param_group["params"]
             shapes = None if any(map(is_lazy, params)) else [tuple(param.shape) for param in params]
-            self._runtime.shapes[index:] = [shapes]
+            self._runtime.joined.append(JoinedGroup(param_group, shapes))
         except Exception:
             del self.param_groups[index]
             raise
@@ -239,7 +244,8 @@ class DALS(torch.optim.Optimizer):
             param_group["depth"] = float(rule)
         self._stepper().write_counters()
         self._warn_of_repeated_names(index, known, rule)
-        if names is None and depths.ranks_positions(index, group_labels(param_group, index), param_group.get("depth")):
+        labels = [label for label, _ in labelled]
+        if names is None and depths.ranks_positions(number, labels, param_group.get("depth")):
             self._runtime.warn_once(
                 "names",
                 f"{type(self).__name__} got parameters without names: their depth is their rank within the group. "
@@ -258,7 +264,9 @@ class DALS(torch.optim.Optimizer):
             for place, group in enumerate(self.param_groups[: index + 1])
             if "depth" not in group
             for name in (known if place == index else parameter_names(group) or ())
-            if depths.goes_by_name(place, name, rule if place == index else depths.rule)
+            if depths.goes_by_name(
+                self._runtime.number_of(self.param_groups, place), name, rule if place == index else depths.rule
+            )
         ]
         count = Counter(by_name)
         repeated = [] if "depth" in self.param_groups[index] else [name for name in known if count[name] > 1]
@@ -278,13 +286,15 @@ class DALS(torch.optim.Optimizer):
         """Observe the loss that ``module`` returns at each forward pass in training mode with gradients on.
 
         ``module`` is the criterion, or a model whose output is the loss, has it as ``.loss``, or is a dict with "loss".
-        Returns a handle whose ``remove()`` ends it. A copy of the module is not watched.
+        Returns a handle whose ``remove()`` ends it. A copy of the module is not watched, and a pass that only looks
+        (torch.export, torch.jit.trace) or has a loss for each sample (torch.func.vmap) hands over none.
         """
         return watch(module, self._runtime.loss)
 
     # -- the step -----------------------------------------------------------------------------------------------
 
     @_disable_dynamo  # a compiled training step calls it as it is: nothing here gains by being traced
+    @outside_inference_mode
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
         """One step. ``loss``, or what ``closure`` (called with gradients on) returns, moves the phase first.
@@ -376,6 +386,7 @@ class DALS(torch.optim.Optimizer):
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """As of torch.optim.Optimizer; groups also carry the run state: step, loss_ema, loss_drop, skipped_steps.
 
@@ -386,7 +397,7 @@ class DALS(torch.optim.Optimizer):
             create_missing_state(self.param_groups, self.state, flat=lambda group, param: False)
         self._stepper().write_counters()
         packed: dict[str, Any] = super().state_dict()
-        pack_dtypes(packed)
+        pack_plain(packed)
         if "state" in packed:  # a hook may have put anything in the dict's place, or into the state
             packed["state"] = {
                 key: {name: own_memory(value) for name, value in entry.items()} if isinstance(entry, dict) else entry
@@ -394,6 +405,7 @@ class DALS(torch.optim.Optimizer):
             }
         return packed
 
+    @outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, bit for bit: state in its own precision, schedule and phase included.
 
@@ -406,10 +418,11 @@ class DALS(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = self.param_groups
-        labels = [group_labels(group, index) for index, group in enumerate(groups)]
+        numbers = [self._runtime.number_of(groups, index) for index in range(len(groups))]
+        labels = [group_labels(group, number) for group, number in zip(groups, numbers, strict=True)]
         self._runtime.state.restore(load_checkpoint(self, state_dict))
-        for index, before in enumerate(labels):
-            self._runtime.depths.relabel(index, before, group_labels(groups[index], index))
+        for group, number, before in zip(groups, numbers, labels, strict=True):
+            self._runtime.depths.relabel(number, before, group_labels(group, number))
         self._runtime.loss.forget()
         self._runtime.trust_ratios = []
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -13,6 +13,7 @@ from fused_dals import host
 from fused_dals.hyperparameters import COUNTERS
 from fused_dals.kernels import layout
 from fused_dals.loss_signal import StepLoss
+from fused_dals.outside_inference import outside_inference_mode
 from fused_dals.phase import NO_LOSS_YET, update_loss_ema
 
 
@@ -23,6 +24,7 @@ class RunState:
     without anybody waiting for it. It stays in its memory, which captured graphs write to.
     """
 
+    @outside_inference_mode
     def __init__(self) -> None:
         self.values = torch.tensor([0.0, NO_LOSS_YET, 0.0, 0.0], dtype=torch.float64, device="cpu")
         #: Steps that were asked for, which the host knows: those that were taken, the dropped ones too, and none of

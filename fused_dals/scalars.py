@@ -99,6 +99,8 @@ def scheduled_lr(group: Mapping[str, Any], completed_steps: Tensor) -> float | T
     if isinstance(lr, Tensor):
         lr = lr.detach().reshape(())
         lr = lr.item() if host.knows(lr) else lr.to(device, non_blocking=device.type != "cpu")
+    else:
+        lr = float(lr)  # a number of NumPy's would multiply in a precision of its own
     if host.knows(completed_steps):
         return lr * schedule_factor(int(completed_steps), **schedule)  # type: ignore[no-any-return]
     eta: float | Tensor = lr * schedule_factor_of_tensor(completed_steps, **schedule)

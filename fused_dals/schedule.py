@@ -55,8 +55,13 @@ def cosine_restarts(t: int, restart_steps: int, restart_mult: float) -> float:
     while position >= length:
         position -= length
         scale *= restart_mult
-        length = math.floor(min(restart_steps * scale, 2.0**63))  # beyond any count of steps
+        length = _whole(restart_steps * scale)
     return (1.0 + math.cos(math.pi * position / length)) / 2.0
+
+
+def _whole(length: float) -> int:
+    """Rounded down; what is infinite is beyond any count of steps."""
+    return math.floor(min(length, 2.0**63))
 
 
 def schedule_factor(
@@ -110,6 +115,6 @@ def _cycles(restart_steps: int, restart_mult: float, device: torch.device) -> tu
     while restart_mult != 1 and starts[-1] < MAX_STEPS and len(starts) < MAX_CYCLES:
         starts.append(starts[-1] + lengths[-1])
         scale *= restart_mult
-        lengths.append(math.floor(restart_steps * scale))
+        lengths.append(_whole(restart_steps * scale))
     table = host.scalars_on(device, torch.tensor([starts, lengths], dtype=torch.float64, device="cpu"))
     return table[0], table[1]

@@ -15,7 +15,7 @@ from fused_dals.batch_update import BatchUpdate
 from fused_dals.capture import check_capturable, check_losses_capturable, is_capturing
 from fused_dals.fingerprint import CompiledFingerprint, Fingerprint, take_fingerprint
 from fused_dals.fused import FusedPass, why_not_fused
-from fused_dals.gather import STATE_KEYS, Joined, TensorBatch, create_missing_state, gather, parameter_label
+from fused_dals.gather import STATE_KEYS, TensorBatch, create_missing_state, gather, has_state, parameter_label
 from fused_dals.host_walk import HOST_WALK
 from fused_dals.loss_signal import NO_LOSS_WARNING, StepLoss, as_scalar
 from fused_dals.memory_order import is_plain
@@ -101,7 +101,7 @@ class Stepper:
         settle_gradients(self.groups)
         if writes_grads:
             own_gradients(self.groups)
-        batches = gather(self.groups, self.state, Joined(self.runtime.shapes))
+        batches = gather(self.groups, self.state, self.runtime.shapes(self.groups))
         self._check_memory(batches)
         self.runtime.distributed = any(is_distributed_tensor(p) for group in self.groups for p in group["params"])
         self.runtime.shards = Shards.of(self.groups, self.runtime.shards)
@@ -140,7 +140,7 @@ class Stepper:
 
     def _state_for_kernels(self, batch: TensorBatch) -> list[tuple[int, str, Tensor]]:
         """Which of the batch, which state, and the tensor: all that is there and kernels are to write to."""
-        entries = [(i, entry) for i, owner in enumerate(batch.owners) if (entry := self.state.get(owner))]
+        entries = [(i, self.state[owner]) for i, owner in enumerate(batch.owners) if has_state(self.state.get(owner))]
         # In this order: what kernels serve may be tried out when first asked for, which no captured step can do.
         if not entries or not self._flat(self.groups[batch.group_index], batch.params[0]):
             return []
@@ -173,7 +173,7 @@ class Stepper:
                     "replays of torch operations would keep: make it a tensor on the parameters' device"
                 )
             for param, position in zip(batch.params, batch.positions, strict=True):
-                if not self.state.get(param):
+                if not has_state(self.state.get(param)):
                     label = parameter_label(self.groups[batch.group_index], batch.group_index, position)
                     raise RuntimeError(
                         f"this step is being captured into a graph, and parameter {label!r} has no state yet: take one "
@@ -252,7 +252,7 @@ class Stepper:
         note_grads(last, fused)
         if len(last) == sum(len(batch.positions) for batch in fused):
             return []
-        return awaited_batches(self.groups, self.state, last, fused, Joined(self.runtime.shapes), served)
+        return awaited_batches(self.groups, self.state, last, fused, self.runtime.shapes(self.groups), served)
 
     def _prepare_passes(self, batches: Sequence[TensorBatch]) -> list[FusedPass]:
         """The passes that serve these batches, device by device, with their tables written."""

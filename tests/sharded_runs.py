@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 
@@ -242,6 +242,27 @@ def error(a: Outcome, b: Outcome) -> float:
 
 
 # -- what else may happen to a sharded optimizer ------------------------------------------------------------------
+
+
+def loss_parallel_run() -> tuple[list[float], list[float]]:
+    """Running means of losses that are DTensors, as loss_parallel has them, and of the same losses as plain tensors."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for whole, means in zip((False, True), found, strict=True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6))
+        layout = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+        parallelize_module(net, mesh_of(dist.get_world_size()), {"0": layout})
+        optimizer = DALS(net)
+        x, y = torch.randn(5, 4), torch.randint(6, (5,))
+        for _ in range(3):
+            optimizer.zero_grad()
+            with loss_parallel():
+                loss = cross_entropy(net(x), y)
+                loss.backward()
+            assert isinstance(loss, DTensor)
+            optimizer.step(loss=loss.full_tensor() if whole else loss)
+            means.append(optimizer.state_dict()["param_groups"][0]["loss_ema"])
+    return found
 
 
 def losses_of_some(counts: list[int]) -> list[float]:

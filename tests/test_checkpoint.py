@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fused_dals import DALS
-from tests.helpers import PATHS, PRESETS, ConvNet, batch, identical, snapshot, train_step
+from tests.helpers import EVERY_PATH, PATHS, PRESETS, ConvNet, batch, identical, snapshot, train_step
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "warmup": {"restart_steps": None, "total_steps": 40, "warmup_fraction": 0.5},
     "restarts": {"restart_steps": 7, "restart_mult": 1.5},
 }
+
+every_path = pytest.mark.parametrize("path", EVERY_PATH)
 
 
 def through_file(state: Any) -> Any:
@@ -211,6 +213,90 @@ def test_foreign_state_entries_do_not_break_saving(seed: int) -> None:
     assert optimizer.state_dict()["state"][0]["note"] == "mine"
 
 
+@every_path
+def test_what_somebody_else_keeps_in_the_state_comes_along(path: str, seed: int) -> None:
+    """As with torch's optimizers: of a parameter, as Lookahead keeps its slow weights, and of none."""
+    model = ConvNet()
+    optimizer = DALS(model, **EVERY_PATH[path])
+    optimizer.state[model.scale]["slow"] = torch.ones(4)  # before there is any other state
+    for _ in range(2):
+        train_step(model, optimizer, batch(torch.float32))
+    kernel, bias = [*model.parameters()][1:3]
+    optimizer.state[kernel]["count"] = 3
+    optimizer.state["global"] = {"k": [3]}  # type: ignore[index]
+    saved = copy.deepcopy(optimizer.state_dict())
+    train_step(model, optimizer, batch(torch.float32))
+    optimizer.state[kernel]["count"] = 4
+    optimizer.state[bias]["later"] = 1
+    optimizer.state["late"] = 1  # type: ignore[index]
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[kernel]["count"] == 3 and "later" not in optimizer.state[bias]
+    assert torch.equal(optimizer.state[model.scale]["slow"], torch.ones(4))
+    assert optimizer.state["global"] == {"k": [3]} and "late" not in optimizer.state  # type: ignore[index]
+    assert optimizer.state["global"]["k"] is not saved["state"]["global"]["k"]  # type: ignore[index]
+    train_step(model, optimizer, batch(torch.float32))
+
+
+def test_a_depth_that_was_set_since_goes_with_the_checkpoint(seed: int) -> None:
+    model = ConvNet()
+    optimizer = DALS(model)
+    depths, saved = optimizer.depths(), copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[0]["depth"] = 0.9
+    optimizer.load_state_dict(saved)
+    assert optimizer.depths() == depths and "depth" not in optimizer.param_groups[0]
+
+
+@every_path
+@pytest.mark.parametrize("inside", ["load", "first step", "construction", "state_dict"])
+def test_inference_mode_leaves_state_that_can_be_trained(path: str, inside: str, seed: int) -> None:
+    """A loader that is a torch.inference_mode function, say."""
+    found = []
+    for mode in (True, False):
+        torch.manual_seed(seed)
+        model = ConvNet()
+        data = batch(torch.float32)
+        first = DALS(model, **EVERY_PATH[path])
+        train_step(model, first, data)
+        saved = copy.deepcopy(first.state_dict())
+        with torch.inference_mode(mode and inside == "construction"):
+            optimizer = DALS(model, **EVERY_PATH[path])
+        if inside == "load":
+            with torch.inference_mode(mode):
+                optimizer.load_state_dict(saved)
+        if inside == "first step":
+            loss = nn.functional.cross_entropy(model(data[0]), data[1])
+            loss.backward()
+            with torch.inference_mode(mode):
+                optimizer.step(loss=loss)
+        if inside == "state_dict":
+            for p in [*model.parameters()][:3]:
+                p.requires_grad_(False)
+            train_step(model, optimizer, data)
+            for p in model.parameters():
+                p.requires_grad_(True)
+            with torch.inference_mode(mode):
+                optimizer.state_dict()
+        for _ in range(2):
+            train_step(model, optimizer, data)
+        found.append(snapshot(model, optimizer))
+    assert identical(*found)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_state_of_inference_mode_is_refused_before_anything_is_written(foreach: bool, seed: int) -> None:
+    model = ConvNet()
+    optimizer = DALS(model, foreach=foreach)
+    train_step(model, optimizer, batch(torch.float32))
+    with torch.inference_mode():
+        optimizer.state[[*model.parameters()][-2]]["grad_ema"] = torch.zeros(3, 16)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"head\.2\.weight.*grad_ema was made in torch\.inference_mode\(\)"):
+        train_step(model, optimizer, batch(torch.float32))
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())  # brings it into memory that can be written
+    train_step(model, optimizer, batch(torch.float32))
+
+
 def test_state_appears_and_vanishes_with_the_checkpoint(seed: int) -> None:
     model = ConvNet()
     optimizer = DALS(model)
@@ -260,7 +346,9 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "bad clip": (spoil("trust_clip", (5.0, 0.2)), "trust_clip must be"),
     "foreign id": (put({"grad_ema": 1}, "state", 99), "state entry 99 belongs to no parameter"),
     "missing entry": (drop("state", 1, "grad_ema"), "'conv.weight' has entries ['momentum_buffer']"),
-    "extra entry": (put(torch.ones(1), "state", 1, "exp_avg"), "'exp_avg'"),
+    "needless entry": (put(torch.zeros(4, dtype=torch.int16), "state", 2, "compensation"), "'compensation'"),
+    "another optimizer's": (put({"exp_avg": torch.ones(4)}, "state", 2), "['exp_avg']"),
+    "by name": (put({"grad_ema": torch.ones(4)}, "state", "conv.bias"), "state entry 'conv.bias' belongs to no"),
     "wrong shape": (put(torch.ones(3), "state", 1, "grad_ema"), "grad_ema of parameter 'conv.weight' has shape (3,)"),
     "wrong type": (put("x", "state", 2, "momentum_buffer"), "momentum_buffer of parameter 'conv.bias' must be a"),
     "wrong dtype": (put(torch.ones(4, dtype=torch.int64), "state", 2, "grad_ema"), "must be a floating tensor, got"),

@@ -7,12 +7,15 @@ import io
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_dals import DALS, DALSFast
 from fused_dals.fused import FusedPass
@@ -345,6 +348,69 @@ def test_watch_loss_refuses_what_is_no_loss(output: Any) -> None:
 def test_watch_loss_wants_a_module() -> None:
     with pytest.raises(TypeError, match="watch_loss"):
         DALS(parameter()).watch_loss(nn.functional.cross_entropy)
+
+
+class Squares(nn.Module):
+    """A model that returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.layer(x).square().mean()
+        return loss
+
+
+TRACERS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "torch.export": lambda model, x: torch.export.export(model, (x,)),
+    "torch.export, strict": lambda model, x: torch.export.export(model, (x,), strict=True),
+    "torch.jit.trace": lambda model, x: torch.jit.trace(model, (x,)),
+    "vmap": lambda model, x: torch.func.vmap(model)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_pass_that_trains_nothing_is_no_loss(tracer: str) -> None:
+    """What a tracer, or vmap for each sample, calls the model for; the next real step goes on as if it had not."""
+    model, x = Squares(), torch.randn(3, 4)
+    optimizer = DALS(model)
+    optimizer.watch_loss(model)
+    TRACERS[tracer](model, x)
+    assert not optimizer._runtime.loss.observed
+    loss = model(x)
+    loss.backward()
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["loss_ema"] == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_a_loss_inside_func_grad_is_one(path: str) -> None:
+    model, x = Squares(), torch.randn(3, 4)
+    optimizer = DALS(model, **EVERY_PATH[path])
+    optimizer.watch_loss(model)
+    params = dict(model.named_parameters())
+    grads = torch.func.grad(lambda params: torch.func.functional_call(model, params, (x,)))(params)
+    for name, param in params.items():
+        param.grad = grads[name]
+    expected = model.layer(x).square().mean().item()
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["loss_ema"] == pytest.approx(expected)
+
+
+def test_losses_without_a_number_are_refused_by_name() -> None:
+    optimizer = DALS(parameter())
+    with pytest.raises(TypeError, match="this one is of a tracer"), FakeTensorMode():
+        optimizer.observe_loss(torch.ones(()))
+    with pytest.raises(TypeError, match="this one is one for each sample"):
+        torch.func.vmap(lambda x: optimizer.observe_loss(x.sum()))(torch.ones(2, 3))
+    for loss in (1 + 2j, np.complex64(1)):
+        with pytest.raises(TypeError, match="loss must be a number or a scalar tensor, got complex"):
+            optimizer.observe_loss(loss)
+    with pytest.raises(TypeError, match="loss must be a dense tensor with a value, got a nested tensor"):
+        optimizer.observe_loss(torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged))
+    optimizer.step(loss=1.0)
 
 
 def test_copies_of_a_watched_module_are_not_watched() -> None:

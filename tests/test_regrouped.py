@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +62,39 @@ def test_groups_in_another_order(path: str, rule: str, stepped_before: bool, see
             step(model, optimizer)
         found.append([p.detach() for p in model.parameters()])
     assert identical(*found)
+
+
+def test_unnamed_groups_keep_what_was_said_of_them() -> None:
+    """Their labels are places, which others may come to stand in."""
+    params = [nn.Parameter(torch.ones(i + 1)) for i in range(5)]
+    groups: list[dict[str, Any]] = [{"params": params[:2]}, {"params": params[2:4]}]
+    optimizer = DALS(groups, depth=lambda name, parameter: parameter.numel() / 10)
+    first = optimizer.param_groups.pop(0)
+    assert list(optimizer.depths().values()) == [0.3, 0.4]
+    for some in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert list(some.depths().values()) == [0.3, 0.4]
+        some.load_state_dict(some.state_dict())
+        some.add_param_group({"params": [nn.Parameter(torch.ones(5))], "depth": lambda name, parameter: 0.8})
+        assert list(some.depths().values()) == [0.3, 0.4, 0.8]
+    optimizer.param_groups.insert(1, first)
+    assert list(optimizer.depths().values()) == [0.3, 0.4, 0.1, 0.2, 0.8]
+
+
+def test_a_group_in_anothers_place_does_not_inherit_its_depths() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = DALS([{"params": params[:1], "depth": lambda name, parameter: 0.9}])
+    optimizer.param_groups.clear()
+    with pytest.warns(UserWarning, match="parameters without names"):
+        optimizer.add_param_group({"params": params[1:]})
+    assert list(optimizer.depths().values()) == [0.0, 1.0]
+
+
+def test_a_depth_stays_in_the_groups_that_the_caller_holds() -> None:
+    model = mlp(4, 5, 2)
+    groups = [{"params": list(model.named_parameters()), "depth": {r"0\..*": 0.1, r"2\..*": 0.2}}]
+    first = DALS(groups)
+    assert first.depths() == DALS(groups).depths() == {"0.weight": 0.1, "0.bias": 0.1, "2.weight": 0.2, "2.bias": 0.2}
+    assert "depth" not in first.param_groups[0]
 
 
 @every_path

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,7 +43,7 @@ def test_restarts_equal_a_counter(first: int, mult: float) -> None:
         assert cosine_restarts(t, first, mult) == (1 + math.cos(math.pi * counter / length)) / 2
 
 
-@pytest.mark.parametrize(("first", "mult"), [(1, 1), (4, 2), (5, 1.5), (3, 1 + 1e-9)])
+@pytest.mark.parametrize(("first", "mult"), [(1, 1), (4, 2), (5, 1.5), (3, 1 + 1e-9), (5, 1e308)])
 def test_a_device_finds_the_same_factors(first: int, mult: float) -> None:
     """Where the host does not know t; and a factor just above 1 does not list cycles for ever."""
     schedule: dict[str, Any] = {"total_steps": None, "warmup_fraction": 0.0, "restart_steps": first}
@@ -72,6 +73,17 @@ def test_current_lr_is_that_of_the_next_step_and_lr_is_never_written() -> None:
             step(optimizer)
         assert optimizer.param_groups[0]["lr"] == 0.4
     assert seen == pytest.approx([0.4 * warmup_cosine(t, 10, 0.2) for t in range(12)])
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64])
+def test_numbers_of_numpy_are_scheduled_in_double_precision(number: Any) -> None:
+    """As a scheduler that counts with NumPy writes them."""
+    optimizer = DALS(mlp(3, 3, 2), total_steps=1000, warmup_fraction=0.0)
+    optimizer.param_groups[0]["lr"] = number(1e-3)
+    for _ in range(3):
+        step(optimizer)
+    assert optimizer.current_lr() == [float(number(1e-3)) * warmup_cosine(3, 1000, 0.0)]
+    assert type(optimizer.state_dict()["param_groups"][0]["lr"]) is float, "which torch.load takes"
 
 
 def test_steps_beyond_total_steps_are_warned_of_once() -> None:

@@ -116,6 +116,14 @@ def test_ranks_without_a_loss(counts: list[int]) -> None:
     assert ranks[0] == ranks[1] == pytest.approx(runs.losses_of_some(counts))
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_that_is_a_dtensor(world: int) -> None:
+    ranks = on_ranks(world, runs.loss_parallel_run)
+    for found, expected in ranks:
+        assert found == expected and len(set(found)) == 3
+    assert ranks[0] == ranks[-1]
+
+
 def test_a_loss_too_many_is_counted_in_the_next_step() -> None:
     """Its sum is on its way by then: one sum a step on all ranks, whatever one of them observes."""
     ranks = on_ranks(2, runs.losses_of_some, [1, 1, 1, 2, 1])

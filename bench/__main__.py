@@ -12,6 +12,7 @@ COMMANDS = {
     "micro": "time one optimizer step on real parameter lists; table, JSON",
     "train": "time whole training steps of a GPT-2 and a ViT, and the optimizer's share; tables, JSON",
     "traffic": "predict the bytes that a fused step moves on any GPU, and what window to take; tables, JSON",
+    "counters": "on a GPU, under ncu: the bytes that a fused step moves, by the device's counters; table, JSON",
     "report": "write the tables of README.md and docs/, and the plots, from the files in bench/results",
     "host": "time what a fused step costs the host, launches left out; table, JSON",
     "codegen": "compile the kernels for several GPUs, without one: registers, spills, access widths; table, JSON",

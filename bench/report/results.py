@@ -49,12 +49,16 @@ class HostFile:
 
 @dataclass(frozen=True)
 class CounterFile:
-    """What the device's counters said of the bytes of the fused pass: rows of model, dtypes, bytes_per_parameter."""
+    """What the device's counters said of the bytes of the fused pass: rows of model, dtypes, bytes_per_parameter.
+
+    ``plan`` as of a StepFile.
+    """
 
     name: str
     environment: dict[str, Any]
     what: str
     rows: list[dict[str, Any]]
+    plan: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,9 @@ def load(folder: Path) -> Results:
             targets = record.get("targets", [])
             results.steps.append(StepFile(path.name, record["environment"], copies, rows, plan, beside, targets))
         elif record.get("counters"):
-            results.counters.append(CounterFile(path.name, record["environment"], record["what"], record["counters"]))
+            rows_counted = [row for row in record["counters"] if row.get("bytes_per_parameter") is not None]
+            plan = record.get("settings", {}).get("plan")
+            results.counters.append(CounterFile(path.name, record["environment"], record["what"], rows_counted, plan))
         elif "training_steps" in record:
             results.training.append((path.name, record))
         elif record.get("predicted"):

@@ -179,7 +179,8 @@ def speed_page(results: Results) -> str:
     for counted in results.counters:
         blocks += [f"## {counted.name}", f"{described(counted.environment)}. {counted.what}"]
         blocks.append(
-            f"Bytes per parameter by the memory's counters, and what the cache model predicts {_of_which(None)}:"
+            "Bytes per parameter by the memory's counters, and what the cache model predicts "
+            f"{_of_which(counted.plan)}:"
         )
         blocks.append(markdown_table(["DALS fused", "PREDICTED", "measured"], list(_predicted_beside_counted(counted))))
     for name, record in results.training:
@@ -212,7 +213,7 @@ def _predicted_beside_measured(found: StepFile) -> Iterator[list[str]]:
 
 def _predicted_beside_counted(counted: CounterFile) -> Iterator[list[str]]:
     for row in counted.rows:
-        moved, _ = _prediction(row["model"], row["dtypes"], counted.environment, SOME_BANDWIDTH, None)
+        moved, _ = _prediction(row["model"], row["dtypes"], counted.environment, SOME_BANDWIDTH, counted.plan)
         yield [f"{row['model']} {row['dtypes']}", moved, f"{row['bytes_per_parameter']:.1f}"]
 
 

@@ -275,8 +275,8 @@ def _finish(machine: Machine, sampler: Sampler, row: StepRow, samples: int) -> N
     if machine.queues_work:
         row.host_samples_s = host_sample(machine, sampler.step, samples)
         row.host_s = Spread.of(row.host_samples_s)
-        if not is_graph(row.contender):  # a replay allocates nothing: its memory was taken at capture
-            row.peak_extra_bytes = machine.peak_bytes(sampler.step)
+    if not is_graph(row.contender):  # a replay allocates nothing: its memory was taken at capture
+        row.peak_extra_bytes = machine.peak_bytes(sampler.step)
     _note_device_time(row)
 
 

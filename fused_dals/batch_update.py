@@ -15,11 +15,13 @@ from fused_dals.rounding import Rounding
 from fused_dals.scalars import StepScalars
 from fused_dals.sharding import Shards, as_index, is_distributed_tensor
 from fused_dals.stats import TrustRatios
-from fused_dals.update import Update, finish
+from fused_dals.update import Update, finish, run_whole
 
 
 class BatchUpdate:
-    """From the gradients to the norms when it is made, the rest by ``finish``."""
+    """Of shards, from the gradients to the norms when it is made, the rest by ``finish``; by it all of whole tensors,
+    so that tensors that are stepped one after the other need memory one after the other.
+    """
 
     def __init__(
         self,
@@ -61,22 +63,24 @@ class BatchUpdate:
                 reference_update(*one, **arguments, compensation=compensation, rounding=drawn)
                 for one, (compensation, drawn) in zip(zip(*tensors, strict=True), extras_of_each, strict=True)
             ]
-        norms = list(map(next, self._updates))
-        if self._together:
-            self._norms = norms[0]
-        else:
-            self._norms = torch.stack([p for p, _ in norms]), torch.stack([u for _, u in norms])
         if self.shards is not None:
+            norms = list(map(next, self._updates))
+            if self._together:
+                p_norms, u_norms = norms[0]
+            else:
+                p_norms, u_norms = (torch.stack(some) for some in zip(*norms, strict=True))
             self._rows = as_index([self.shards.row[place] for place in batch.places], self.shards.device)
-            self.shards.put(self._rows, *self._norms, compute_dtype(batch.params[0].dtype))
+            self.shards.put(self._rows, p_norms, u_norms, compute_dtype(batch.params[0].dtype))
 
     def finish(self) -> TrustRatios:
         """Write what depends on the norms, once those of shards have been added up."""
-        norms = self._norms if self.shards is None else self.shards.take(self._rows)
-        if self._together:
-            ratios = finish(self._updates[0], norms)
+        if self.shards is None:
+            found = list(map(run_whole, self._updates))
         else:
-            ratios = torch.stack([finish(update, (p, u)) for update, p, u in zip(self._updates, *norms, strict=True)])
+            p_norms, u_norms = self.shards.take(self._rows)
+            norms = [(p_norms, u_norms)] if self._together else zip(p_norms, u_norms, strict=True)
+            found = list(map(finish, self._updates, norms))
+        ratios = found[0] if self._together else torch.stack(found)
         if self._unscales():
             self.scalars.unscale_(self.batch.grads)
         stepped = self.shards.present(self._rows) if self.batch.absent and self.shards is not None else None

@@ -250,7 +250,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_columns_that_nobody_has_are_left_out() -> None:
     rows = timed({BASELINE: torch_contenders(FP32)[BASELINE]})
     header, cells = step_cells(rows, None)
-    assert header == ["contender", "ms", "p10", "p90", f"x {BASELINE}", "GB/s"] and cells[0][4] == "1.00"
+    assert header == ["contender", "ms", "p10", "p90", f"x {BASELINE}", "GB/s", "extra MiB"] and cells[0][4] == "1.00"
     rows[0].host_s, rows[0].peak_extra_bytes, rows[0].launches = Spread(2e-6, 0, 0), 3 << 20, 7
     header, cells = step_cells(rows, 1e9)
     assert header[5:] == ["host us", "GB/s", "copy", "extra MiB", "launches"]
@@ -347,6 +347,8 @@ def test_command_writes_json(
         (dtypes, name) for dtypes in ("fp32", "bf16") for name in (BASELINE, FOREACH, LOOP)
     ]
     assert all(len(row["device_samples_s"]) == 2 and row["device_s"]["median"] > 0 for row in saved["steps"])
+    parameters = sum(math.prod(shape) for _, shape in TINY)
+    assert all(row["peak_extra_bytes"] >= 4 * parameters for row in saved["steps"] if row["contender"] == FOREACH)
     assert saved["copy_bytes_per_s"]["best"] == max(saved["copy_bytes_per_s"]["samples"]) > 0
     printed = capsys.readouterr().out
     assert "gpt2 bf16: 3 tensors, 21 parameters, round by round" in printed and "GB/s" in printed

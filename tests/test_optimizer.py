@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.machine import allocated_by
 from fused_dals import DALS, DALSAcc, DALSFast
 from fused_dals.foreach import dals_foreach_, norms
 from fused_dals.reference import dals_reference_
@@ -448,19 +449,6 @@ def test_presets_differ_in_defaults_alone() -> None:
         assert table[cls]["restart_mult"] == 2 and table[cls]["total_steps"] is None
 
 
-def peak_bytes(optimizer: DALS) -> tuple[int, int]:
-    """Peak and remaining bytes that a step allocates, from the profiler's memory events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        optimizer.step(loss=1.0)
-    assert profile.profiler is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = current = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak, current
-
-
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_foreach_makes_no_copy_of_the_gradients(layout: torch.memory_format, seed: int) -> None:
@@ -469,8 +457,21 @@ def test_foreach_makes_no_copy_of_the_gradients(layout: torch.memory_format, see
     p.grad = torch.randn_like(p)
     optimizer = DALS([("p", p)])
     optimizer.step(loss=1.0)
-    peak, remaining = peak_bytes(optimizer)
+    peak, remaining = allocated_by(lambda: optimizer.step(loss=1.0))
     assert 0.99 * p.numel() * 4 < peak < 1.01 * p.numel() * 4 and remaining < 10_000, (peak, remaining)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_one_tensor_after_the_other_needs_memory_for_one(seed: int) -> None:
+    """foreach=False: six tensors of a parameter's size at a time, however many parameters there are."""
+    params = [nn.Parameter(torch.randn(64, 256)) for _ in range(20)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = DALS([(f"{i}", p) for i, p in enumerate(params)], foreach=False)
+    optimizer.step(loss=1.0)
+    peak, remaining = allocated_by(lambda: optimizer.step(loss=1.0))
+    size = params[0].numel() * 4
+    assert 5 * size < peak < 7 * size and remaining < 10_000, (peak / size, remaining)
 
 
 @pytest.mark.parametrize("path", PATHS)

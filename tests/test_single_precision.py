@@ -77,11 +77,13 @@ def test_every_option_steps_as_on_the_cpu(options: str, dtype: torch.dtype, seed
             scaler = {"grad_scale": 8.0, "found_inf": float(t == 3)} if options == "GradScaler" else {}
             twins.step(1.0 / (1 + t), infinite, **scaler)
         here, there = twins.optimizers
-        assert twins.apart() <= (MOST if dtype == torch.float32 else 2**-8)
+        # The last bit of a norm may turn a rounding to bfloat16 around.
+        exact = dtype == torch.float32 and options != "narrow state"
+        assert twins.apart() <= (MOST if exact else 2**-8)
         assert there.skipped_steps == here.skipped_steps == int(options in ("dropping", "both", "GradScaler"))
         assert there.phases() == here.phases()
         assert there.current_lr() == pytest.approx(here.current_lr(), rel=1e-6)
-        assert there.trust_ratios() == pytest.approx(here.trust_ratios(), rel=1e-5 if dtype == torch.float32 else 0.02)
+        assert there.trust_ratios() == pytest.approx(here.trust_ratios(), rel=1e-5 if exact else 0.02)
 
 
 def test_a_run_goes_on_from_its_checkpoint(seed: int) -> None:

@@ -79,7 +79,10 @@ def dals_contenders(dtypes: Dtypes) -> dict[str, Contender]:
     contenders = {
         FUSED: Contender(dals(fused=True, **options), moves, held),
         FOREACH: Contender(dals(foreach=True, **options), moves, held, 2 * wide + copies),
-        REFERENCE: Contender(dals(foreach=False, **options), moves, held, tensor_scratch=10 * wide),
+        # Counted: six tensors of float32 at a time, nine where others are rounded to narrower ones.
+        REFERENCE: Contender(
+            dals(foreach=False, **options), moves, held, tensor_scratch=(6 if copies == 0 else 9) * wide
+        ),
     }
     return {
         name: replace(contender, capturable=dals(**PATHS[name], **options, capturable=True))

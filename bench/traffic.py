@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-import fused_dals
-from bench import extras, record
+import torch
+
+from bench import environment, extras, record
 from bench.byte_table import STEP_DTYPES
 from bench.cache_model import (
     ITEM_SECONDS,
@@ -390,7 +391,7 @@ def save(path: Path, gpu: str, modes: Sequence[Cell], tries: Sequence[Try], scor
 
     predicted = {
         "predicted": True,
-        "fused_dals": fused_dals.__version__,
+        "environment": {**environment.describe(torch.get_num_threads()), "source": environment.source_hash()},
         "assumptions": describe(gpu),
         "gpus": {name: asdict(found) for name, found in GPUS.items()},
         "window_per_program_in_use": WINDOW_PER_PROGRAM,

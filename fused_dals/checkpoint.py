@@ -27,7 +27,7 @@ from fused_dals.gather import (
     state_dtypes,
 )
 from fused_dals.hyperparameters import COUNTERS, check_counters, check_hyperparameters, plain
-from fused_dals.sharding import like, local
+from fused_dals.sharding import like, local, split_alike
 
 #: Keys that the checkpoints of the first days did not have: the optimizer's own values stand in.
 ADDED_LATER = ("skipped_steps", "max_grad_norm", "skip_nonfinite", "state_dtype", "compensated", "capturable")
@@ -81,10 +81,9 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
 
 def _fits(have: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
     """Whether a state tensor is what this parameter needs, split over the ranks as it is."""
-    if have.is_inference():
+    if have.is_inference() or (have.shape, have.device, have.dtype) != (param.shape, param.device, dtype):
         return False
-    wanted = (local(param).shape, param.shape, param.device, dtype, getattr(param, "placements", None))
-    return (local(have).shape, have.shape, have.device, have.dtype, getattr(have, "placements", None)) == wanted
+    return split_alike(have, param)
 
 
 def _converts(have: torch.dtype, wanted: torch.dtype) -> bool:
@@ -201,7 +200,7 @@ def _checked_state(
                     f"checkpoint: {key} of parameter {label!r} has shape {tuple(value.shape)}, "
                     f"the parameter {tuple(param.shape)}"
                 )
-            if local(value).shape != local(param).shape or not _split_alike(value, param):
+            if not split_alike(value, param):
                 raise ValueError(
                     f"checkpoint: {key} of parameter {label!r} is not split over the ranks as the parameter is; "
                     "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict loads it in any layout"
@@ -220,10 +219,6 @@ def _is_of_a_parameter(entry: Any) -> bool:
 def _own(value: Any, param: Tensor) -> Any:
     """A copy of what somebody else keeps in a parameter's state, on its device."""
     return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-
-
-def _split_alike(value: Tensor, param: Tensor) -> bool:
-    return getattr(value, "placements", None) == getattr(param, "placements", None)
 
 
 def _keep_swapped(optimizer: Optimizer, loaded: dict[Tensor, Mapping[str, Tensor]]) -> None:

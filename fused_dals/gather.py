@@ -20,6 +20,7 @@ from fused_dals.sharding import (
     like,
     local,
     shard_number,
+    split_alike,
     split_over,
     why_apart,
     why_flattened,
@@ -210,9 +211,9 @@ def _problem_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[st
             return f"its state has {type(have).__name__} for {key}, not a tensor; {anew}"
         if have.is_inference():
             return f"its {key} was made in torch.inference_mode(), and cannot be written outside of it; {anew}"
-        if have.shape != param.shape or local(have).shape != local(param).shape:
-            return f"it has shape {tuple(local(param).shape)} and its {key} {tuple(local(have).shape)}; {anew}"
-        if getattr(have, "placements", None) != getattr(param, "placements", None):
+        if have.shape != param.shape:
+            return f"it has shape {tuple(param.shape)} and its {key} {tuple(have.shape)}; {anew}"
+        if not split_alike(have, param):
             return f"its {key} is not split over the ranks as it is; {anew}"
         if have.device != param.device or have.dtype != dtype:
             return (

@@ -38,6 +38,12 @@ def local(tensor: Tensor) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]  # still on its way
 
 
+def split_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape lie on the ranks in the same parts."""
+    same_placements = getattr(one, "placements", None) == getattr(other, "placements", None)
+    return same_placements and local(one).shape == local(other).shape
+
+
 def like(param: Tensor, shard: Tensor) -> Tensor:
     """``shard`` as this rank's part of a tensor that is distributed as ``param`` is; itself for a plain parameter."""
     if not is_distributed_tensor(param):

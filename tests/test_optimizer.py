@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.machine import allocated_by
-from fused_dals import DALS, DALSAcc, DALSFast
+from fused_dals import DALS, DALSAcc, DALSFast, batch_update
+from fused_dals.batch_update import parts_of
 from fused_dals.foreach import dals_foreach_, norms
 from fused_dals.reference import dals_reference_
 from tests.helpers import PATHS, PRESETS, ConvNet, batch, identical, mlp, snapshot, train_step
@@ -459,6 +460,31 @@ def test_foreach_makes_no_copy_of_the_gradients(layout: torch.memory_format, see
     optimizer.step(loss=1.0)
     peak, remaining = allocated_by(lambda: optimizer.step(loss=1.0))
     assert 0.99 * p.numel() * 4 < peak < 1.01 * p.numel() * 4 and remaining < 10_000, (peak, remaining)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_cpu_steps_tensors_together_as_far_as_memory_is_to_be_spared(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Parts of some tensors, one at least; the same bits, and temporaries of one part."""
+    sizes = (300, 40, 60, 1000, 1, 1, 1, 99)
+    assert list(parts_of([5])) == [slice(0, 1)]
+    found, peaks = [], []
+    for most in (100, 1 << 40):
+        monkeypatch.setattr(batch_update, "MOST_TOGETHER", most)
+        torch.manual_seed(seed)
+        params = [nn.Parameter(torch.randn(64, size)) for size in sizes]
+        optimizer = DALS([(f"{i}", p) for i, p in enumerate(params)], foreach=True, max_grad_norm=1.0)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            peak, _ = allocated_by(lambda optimizer=optimizer: optimizer.step(loss=1.0))
+        found.append([p.detach() for p in params] + [torch.tensor(list(optimizer.trust_ratios().values()))])
+        peaks.append(peak)
+    assert identical(*found)
+    monkeypatch.setattr(batch_update, "MOST_TOGETHER", 100)
+    assert [(part.start, part.stop) for part in parts_of(sizes)] == [(0, 1), (1, 3), (3, 4), (4, 7), (7, 8)]
+    assert peaks[0] < 0.8 * peaks[1], peaks
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

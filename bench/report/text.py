@@ -58,8 +58,10 @@ def readme_speed(results: Results) -> str:
         blocks.append(
             f"{described(found.environment)}, [the file](bench/results/{found.name}); in brackets times {baseline}:"
         )
-        # Lists of equal tensors are for the plot of bandwidth, and for docs/speed.md.
-        shown = [row for row in new if row.model in MODELS] or new
+        # Lists of equal tensors are for the plot of bandwidth, and for docs/speed.md; so are those for which there was
+        # too little memory to have anything to compare with.
+        compared = {(row.model, row.dtypes) for row in new if row.contender == baseline and row.device_s is not None}
+        shown = [row for row in new if row.model in MODELS and (row.model, row.dtypes) in compared] or new
         if len({(row.model, row.dtypes) for row in shown}) <= MOST_COLUMNS:
             blocks.append(_pivot(shown, baseline))
         else:

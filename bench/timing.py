@@ -120,9 +120,13 @@ class Sampler:
             step()
         self.host_s = min(host_sample(machine, step, 3))
         self.steps = 1
+        self.lead_s = LEAD * self.host_s  # for each step
         self.retakes = RETAKES
         self.taken = self.waited = 0  # samples, and those in which the device waited for the host
         device_s = self.sample() if machine.queues_work else self.host_s
+        self.lead_s = LEAD * self.host_s  # what a first sample finds may be a hiccup
+        self.retakes = RETAKES
+        self.taken = self.waited = 0
         wanted = min(SAMPLE_DEVICE_S / max(device_s, 1e-9), SAMPLE_HOST_S / max(self.host_s, 1e-9), MOST_STEPS)
         self.steps = max(1, math.floor(wanted))
 
@@ -130,7 +134,7 @@ class Sampler:
         """Device seconds per step."""
         if not self.machine.queues_work:
             return self._take(0.0)[0] / self.steps
-        lead_s = LEAD * self.steps * self.host_s
+        lead_s = self.steps * self.lead_s
         device_s, late_s = self._take(lead_s)
         for _ in range(self.retakes):
             if late_s <= LATE_S:
@@ -140,7 +144,7 @@ class Sampler:
             if still_late_s > 0.5 * late_s:  # the queue is full, and no lead makes it longer
                 self.retakes = 0
             else:
-                lead_s, self.host_s = longer_s, longer_s / (LEAD * self.steps)
+                lead_s, self.lead_s = longer_s, longer_s / self.steps
             late_s = still_late_s
         self.taken += 1
         self.waited += late_s > 0.5 * device_s and device_s - late_s < IDLE_S

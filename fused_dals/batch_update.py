@@ -105,7 +105,7 @@ class BatchUpdate:
             p_norms, u_norms = self.shards.take(self._rows)
             norms = [(p_norms, u_norms)] if self._together else zip(p_norms, u_norms, strict=True)
             found = list(map(finish, self._updates, norms))
-        ratios = torch.cat(found) if self._together else torch.stack(found)
+        ratios = found[0] if self._together and len(found) == 1 else self._joined(found)
         if self._unscales():
             self.scalars.unscale_(self.batch.grads)
         stepped = self.shards.present(self._rows) if self.batch.absent and self.shards is not None else None
@@ -114,6 +114,10 @@ class BatchUpdate:
         if distributed:
             torch.autograd.graph.increment_version(distributed)  # only the shards' own versions have moved
         return TrustRatios(self.batch.group_index, self.batch.positions, ratios, stepped)
+
+    def _joined(self, ratios: list[Tensor]) -> Tensor:
+        """Those of parts, or of single tensors, in one."""
+        return torch.cat(ratios) if self._together else torch.stack(ratios)
 
     def _unscales(self) -> bool:
         return self.scalars.inputs.grad_scale is not None and not self.batch.absent

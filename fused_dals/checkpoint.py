@@ -50,6 +50,11 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
     dtypes: dict[Tensor, dict[str, torch.dtype]] = {}
     others: dict[Any, Any] = {}
     loaded = _checked_state(groups, saved_groups, state_dict["state"], dtypes, others)
+    # What somebody else keeps beside it comes along, as with torch's optimizers.
+    foreign = {
+        param: {key: _own(value, param) for key, value in saved.items() if key not in dtypes[param]}
+        for param, saved in loaded.items()
+    }
     _keep_swapped(optimizer, loaded)
 
     for param in [param for param in optimizer.state if param not in loaded]:
@@ -66,8 +71,7 @@ def load_checkpoint(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict
                 local(current[key]).zero_()
         for key in [key for key in current if key not in dtypes[param]]:
             del current[key]
-        # What somebody else keeps beside it comes along, as with torch's optimizers.
-        current.update({key: _own(value, param) for key, value in saved.items() if key not in dtypes[param]})
+        current.update(foreign[param])
     for name, foreign in others.items():
         optimizer.state[name] = foreign
     for group, saved_group in zip(groups, saved_groups, strict=True):
@@ -149,7 +153,7 @@ def _checked_state(
     others: dict[Any, Any],
 ) -> dict[Tensor, Mapping[str, Tensor]]:
     """The saved state by parameter; ``dtypes`` receives what each is to be stored in, by the checkpoint's groups, and
-    ``others`` copies of what somebody keeps there under a name that is no parameter's."""
+    ``others`` what somebody keeps there under a key that is no parameter's."""
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
     saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))
     place_of: dict[Any, tuple[int, int]] = {}
@@ -162,9 +166,10 @@ def _checked_state(
             raise ValueError(f"checkpoint, group {place[0]}: 'params' has {shown(saved_id)} a second time")
         place_of[saved_id] = place
     loaded: dict[Tensor, Mapping[str, Tensor]] = {}
+    by_name = any(isinstance(saved_id, str) for saved_id in place_of)
     for saved_id, entry in saved_state.items():
-        if isinstance(saved_id, str) and saved_id not in place_of and not _is_of_a_parameter(entry):
-            others.update(_copied({saved_id: entry}, "checkpoint: state"))
+        if saved_id not in place_of and not isinstance(saved_id, int) and not _is_of_a_parameter(entry, by_name):
+            others[saved_id] = entry
             continue
         if saved_id not in place_of:
             raise ValueError(f"checkpoint: state entry {shown(saved_id)} belongs to no parameter of its groups")
@@ -173,6 +178,9 @@ def _checked_state(
         label = parameter_label(groups[group_index], group_index, position)
         _check_kind(entry, Mapping, "a dict", f"checkpoint: state of parameter {label!r}")
         if not entry:
+            continue
+        if not param.requires_grad and not any(isinstance(value, Tensor) for value in entry.values()):
+            dtypes[param], loaded[param] = {}, dict(entry)  # somebody else's alone
             continue
         dtypes[param] = state_dtypes(param, saved_groups[group_index])
         needless = COMPENSATION_KEY in entry and COMPENSATION_KEY not in dtypes[param]
@@ -209,16 +217,20 @@ def _checked_state(
     return loaded
 
 
-def _is_of_a_parameter(entry: Any) -> bool:
-    """Whether a state entry is that of a parameter, of this optimizer or another one."""
+def _is_of_a_parameter(entry: Any, by_name: bool) -> bool:
+    """Whether a state entry is that of a parameter, of this optimizer or another one.
+
+    ``by_name``: whether parameters have names in the checkpoint, and one that is not known may be misspelt.
+    """
     if not isinstance(entry, Mapping):
         return False
-    return has_state(entry) or any(isinstance(value, Tensor) and value.dim() for value in entry.values())
+    tensors = any(isinstance(value, Tensor) for value in entry.values())
+    return has_state(entry) or (by_name and (tensors or not entry))
 
 
 def _own(value: Any, param: Tensor) -> Any:
-    """A copy of what somebody else keeps in a parameter's state, on its device."""
-    return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+    """What somebody else keeps in a parameter's state: as it is, and a tensor as a copy on the parameter's device."""
+    return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _keep_swapped(optimizer: Optimizer, loaded: dict[Tensor, Mapping[str, Tensor]]) -> None:
@@ -244,7 +256,7 @@ def pack_plain(packed: Mapping[str, Any]) -> None:
     for group in packed.get("param_groups", ()):
         if not isinstance(group, dict):
             continue
-        group.update({key: plain(value) for key, value in group.items() if isinstance(value, Real)})
+        group.update({key: plain(value) for key, value in group.items() if isinstance(value, Real | tuple)})
         if isinstance(group.get("state_dtype"), torch.dtype):
             group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
 

@@ -171,8 +171,16 @@ class DepthMap:
             self._auto = depths_from_names(self._groups_of_names)
             self.version += 1
 
-    def learn_rule(self, rule: DepthRule, number: int, labelled: Iterable[tuple[str, Tensor]], where: str) -> None:
-        """Keep what a dict or a callable says of a group's (label, parameter) pairs.
+    def learn_rule(
+        self,
+        rule: DepthRule,
+        number: int,
+        labelled: Sequence[tuple[str, Tensor]],
+        keys: Sequence[str],
+        where: str,
+    ) -> None:
+        """Keep what a dict or a callable says of a group's (label, parameter) pairs; a callable's word under ``keys``,
+        which are the labels where these are names, as a dict needs them.
 
         A dict need not cover all of them. An exact name wins over a regular expression, an earlier one over a later;
         a key that is some parameter's name is never taken for an expression.
@@ -184,13 +192,13 @@ class DepthMap:
             literal = {*self.names, *labels}
             found = {}
             for label in labels:
-                keys = [label] if label in rule else [k for k in rule if k not in literal and _matches(k, label)]
-                if keys:
-                    found[number, label] = float(rule[keys[0]])
+                fitting = [label] if label in rule else [k for k in rule if k not in literal and _matches(k, label)]
+                if fitting:
+                    found[number, label] = float(rule[fitting[0]])
         elif callable(rule):
             found = {
-                (number, label): check_depth(rule(label, param), f"{where}: depth of {label!r}")
-                for label, param in labelled
+                (number, key): check_depth(rule(label, param), f"{where}: depth of {label!r}")
+                for (label, param), key in zip(labelled, keys, strict=True)
             }
         else:
             return
@@ -224,27 +232,25 @@ class DepthMap:
             said.setdefault(label, set()).add(depth)
         self._by_name = {label: depths.pop() for label, depths in said.items() if len(depths) == 1}
 
-    def ranks_positions(self, number: int, labels: Iterable[str], fixed: float | None) -> bool:
+    def ranks_positions(self, number: int, keys: Iterable[str], fixed: float | None) -> bool:
         """Whether some parameter of an unnamed group gets its depth from its place in the group alone."""
-        return fixed is None and any((number, label) not in self._explicit for label in labels)
+        return fixed is None and any((number, key) not in self._explicit for key in keys)
 
     def of_group(
-        self, number: int, labels: Sequence[str], names: Sequence[str] | None, fixed: float | None
+        self, number: int, keys: Sequence[str], names: Sequence[str] | None, fixed: float | None
     ) -> list[float]:
         """Depths of a group's parameters: ``group["depth"]``, checked, else the rule's word, else the module's rank.
 
-        ``labels`` has one entry per parameter; ``names`` is None where parameters have no names.
+        ``keys`` has one entry per parameter; ``names`` is None where parameters have no names.
         """
         if fixed is not None:
-            return [fixed] * len(labels)
+            return [fixed] * len(keys)
         if names is None:
-            auto = evenly_spaced(len(labels))
+            auto = evenly_spaced(len(keys))
         else:
             self.learn_names(names)
             auto = [self._auto[name] for name in names]
         if not self._explicit:
             return auto
-        by_name = {} if names is None else self._by_name  # other labels are places, which go to other parameters
-        return [
-            self._explicit.get((number, label), by_name.get(label, d)) for label, d in zip(labels, auto, strict=True)
-        ]
+        by_name = {} if names is None else self._by_name  # other keys are places, which go to other parameters
+        return [self._explicit.get((number, key), by_name.get(key, d)) for key, d in zip(keys, auto, strict=True)]

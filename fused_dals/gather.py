@@ -108,6 +108,12 @@ def group_labels(group: Mapping[str, Any], group_index: int) -> list[str]:
     return [parameter_label(group, group_index, position) for position in range(len(group["params"]))]
 
 
+def depth_keys(group: Mapping[str, Any]) -> list[str]:
+    """By what a group's parameters are told apart where depths are kept: names, or places in it."""
+    names = parameter_names(group)
+    return [f"params[{i}]" for i in range(len(group["params"]))] if names is None else list(names)
+
+
 def unique_labels(groups: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, int]]) -> list[str]:
     """Labels of the parameters at these (group, position); names that occur twice, as in a GAN, are told apart."""
     labels = [parameter_label(groups[g], g, i) for g, i in places]
@@ -119,11 +125,15 @@ def unique_labels(groups: Sequence[Mapping[str, Any]], places: Sequence[tuple[in
 
 
 class Joined:
-    """The shapes of each group's parameters when it joined, None where they were not known."""
+    """The shapes of each group's parameters when it joined, None where they were not known; and of all groups ever."""
 
-    def __init__(self, shapes: Sequence[Sequence[tuple[int, ...]] | None]) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[tuple[int, ...]] | None],
+        ever: Sequence[Sequence[tuple[int, ...]] | None],
+    ) -> None:
         self._shapes = shapes
-        self._all = {shape for some in shapes if some is not None for shape in some}
+        self._all = {shape for some in ever if some is not None for shape in some}
 
     def why_flattened(self, param: Tensor, place: Place, count: int) -> str:
         """As of sharding.py; ``count``: of the parameters in its group now."""

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fused_dals.checkpoint import load_checkpoint, own_memory, pack_plain
 from fused_dals.depth_rule import DepthMap, DepthRule, check_depth_keys, check_rule, repeated_name_warning
-from fused_dals.gather import create_missing_state, group_labels, parameter_names, unique_labels
+from fused_dals.gather import create_missing_state, depth_keys, group_labels, parameter_names, unique_labels
 from fused_dals.hyperparameters import (
     check_flag,
     check_group_keys,
@@ -28,9 +29,9 @@ from fused_dals.hyperparameters import (
 from fused_dals.kernels import layout
 from fused_dals.loss_average import LossAverage, LossGroup, check_process_group
 from fused_dals.loss_signal import LossSignal, watch
-from fused_dals.outside_inference import outside_inference_mode
+from fused_dals.outside_inference import outside_inference, outside_inference_mode
 from fused_dals.phase import select_by_phase
-from fused_dals.runtime import JoinedGroup, Runtime
+from fused_dals.runtime import Runtime
 from fused_dals.scalars import scheduled_lr
 from fused_dals.sharding import Partitions
 from fused_dals.stats import trust_ratios_by_label
@@ -190,7 +191,6 @@ class DALS(torch.optim.Optimizer):
         super().__init__(params, defaults)
         check_depth_keys(depth, self._runtime.depths.names, where)
 
-    @outside_inference_mode
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time; names, depths and hyperparameters are checked before it joins.
 
@@ -208,9 +208,9 @@ class DALS(torch.optim.Optimizer):
         check_names(param_group.get("param_names"), where)
         depths = self._runtime.depths
         rule = check_rule(param_group.get("depth", depths.rule), where)
+        param_group["params"] = check_params(param_group["params"], where)
         if "depth" in param_group and (isinstance(rule, str | Mapping) or callable(rule)):
             param_group = dict(param_group)  # such a rule is taken now, and stays in the caller's dict for another use
-        param_group["params"] = check_params(param_group["params"], where)
         hyperparameters = {**self.defaults, **param_group, "depth": None}
         check_hyperparameters(hyperparameters, where)
 
@@ -218,8 +218,9 @@ class DALS(torch.optim.Optimizer):
         try:
             _drop_duplicates(param_group)
             names = parameter_names(param_group)
-            number = len(self._runtime.joined)
-            labelled = list(zip(group_labels(param_group, number), param_group["params"], strict=True))
+            number = len(self._runtime.shapes)
+            labelled = list(zip(group_labels(param_group, index), param_group["params"], strict=True))
+            keys = depth_keys(param_group)
             if isinstance(rule, Mapping) and names is None:
                 raise ValueError(
                     f"{where}: depth is a dict of names, but the parameters have none: pass the model itself, "
@@ -227,13 +228,14 @@ class DALS(torch.optim.Optimizer):
                 )
             if rule is not depths.rule:
                 check_depth_keys(rule, names or (), where)
-            depths.learn_rule(rule, number, labelled, where)
+            depths.learn_rule(rule, number, labelled, keys, where)
             count = Counter(names or ())
             known = [name for name in names or () if name in depths.names or count[name] > 1]
             depths.learn_names(names or ())
             params = param_group["params"]
             shapes = None if any(map(is_lazy, params)) else [tuple(param.shape) for param in params]
-            self._runtime.joined.append(JoinedGroup(param_group, shapes))
+            self._runtime.shapes.append(shapes)
+            self._runtime.numbers[id(param_group)] = number
         except Exception:
             del self.param_groups[index]
             raise
@@ -244,8 +246,7 @@ class DALS(torch.optim.Optimizer):
             param_group["depth"] = float(rule)
         self._stepper().write_counters()
         self._warn_of_repeated_names(index, known, rule)
-        labels = [label for label, _ in labelled]
-        if names is None and depths.ranks_positions(number, labels, param_group.get("depth")):
+        if names is None and depths.ranks_positions(number, keys, param_group.get("depth")):
             self._runtime.warn_once(
                 "names",
                 f"{type(self).__name__} got parameters without names: their depth is their rank within the group. "
@@ -294,7 +295,6 @@ class DALS(torch.optim.Optimizer):
     # -- the step -----------------------------------------------------------------------------------------------
 
     @_disable_dynamo  # a compiled training step calls it as it is: nothing here gains by being traced
-    @outside_inference_mode
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
         """One step. ``loss``, or what ``closure`` (called with gradients on) returns, moves the phase first.
@@ -315,9 +315,18 @@ class DALS(torch.optim.Optimizer):
         found_inf, grad_scale = (value if isinstance(value, Tensor) else None for value in handed)
         if handed[0] is not None and found_inf is None:  # other ranks may have gradients, and wait for our word
             found_inf = torch.tensor(float(handed[0]), dtype=torch.float64, device="cpu")
-        self._stepper().step((returned, loss), found_inf, grad_scale)
+        with self._mode_of_a_step():
+            self._stepper().step((returned, loss), found_inf, grad_scale)
         return returned
 
+    def _mode_of_a_step(self) -> AbstractContextManager[object]:
+        """State that a step makes is to be written later, too; but parameters of inference mode only inside it."""
+        if not torch.is_inference_mode_enabled():
+            return nullcontext()
+        of_params = any(param.is_inference() for group in self.param_groups for param in group["params"])
+        return nullcontext() if of_params else outside_inference()
+
+    @outside_inference_mode
     def refresh_hyperparameters(self) -> None:
         """Check param_groups and put them where captured graphs read them, for the replays that follow.
 
@@ -419,17 +428,23 @@ class DALS(torch.optim.Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = self.param_groups
         numbers = [self._runtime.number_of(groups, index) for index in range(len(groups))]
-        labels = [group_labels(group, number) for group, number in zip(groups, numbers, strict=True)]
+        keys = list(map(depth_keys, groups))
         self._runtime.state.restore(load_checkpoint(self, state_dict))
-        for group, number, before in zip(groups, numbers, labels, strict=True):
-            self._runtime.depths.relabel(number, before, group_labels(group, number))
+        for group, number, before in zip(groups, numbers, keys, strict=True):
+            self._runtime.depths.relabel(number, before, depth_keys(group))
         self._runtime.loss.forget()
         self._runtime.trust_ratios = []
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_runtime": self._runtime}
+        numbers = [self._runtime.number_of(self.param_groups, index) for index in range(len(self.param_groups))]
+        return {**super().__getstate__(), "_runtime": self._runtime, "_numbers": numbers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        numbers = state.pop("_numbers", ())
+        super().__setstate__(state)
+        self._runtime.numbers = {id(group): number for group, number in zip(self.param_groups, numbers, strict=False)}
 
 
 def _check_not_in_plain_zero(where: str) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """Neither in inference mode nor, as leaving it would mean, with gradients on."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def outside_inference_mode(method: Callable[P, R]) -> Callable[P, R]:
@@ -19,7 +27,7 @@ def outside_inference_mode(method: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.is_inference_mode_enabled():
             return method(*args, **kwargs)
-        with torch.inference_mode(False):
+        with outside_inference():
             return method(*args, **kwargs)
 
     return run

@@ -14,7 +14,7 @@ import torch
 from fused_dals.awaited import LastGrads
 from fused_dals.depth_rule import DepthMap, check_live_depth
 from fused_dals.fused import FusedPass
-from fused_dals.gather import Joined, group_labels, parameter_names
+from fused_dals.gather import Joined, depth_keys, parameter_names
 from fused_dals.live_groups import LiveGroups
 from fused_dals.loss_signal import LossSignal
 from fused_dals.reference import raw_blend
@@ -31,14 +31,6 @@ class Captured:
     clips: bool
     skips: bool
     by_kernels: bool  # which read every number from device memory
-
-
-@dataclass
-class JoinedGroup:
-    """A param group as it joined; ``shapes`` of its parameters, None where a lazy one had none."""
-
-    group: Mapping[str, Any]
-    shapes: list[tuple[int, ...]] | None
 
 
 @dataclass
@@ -59,8 +51,10 @@ class Runtime:
     fused: dict[torch.device, FusedPass] = field(default_factory=dict)
     steady: Steady | None = None
     captured: Captured | None = None
-    #: The groups in the order in which they joined, wherever they are now.
-    joined: list[JoinedGroup] = field(default_factory=list)
+    #: Shapes of every group's parameters when it joined, by the order of joining; None where a lazy one had none.
+    shapes: list[list[tuple[int, ...]] | None] = field(default_factory=list)
+    #: The how-manieth each group joined, by the identity of its dict: who holds none keeps no parameters alive.
+    numbers: dict[int, int] = field(default_factory=dict)
     #: Whether parameters are DTensors, and what their shards need of other ranks.
     distributed: bool = False
     shards: Shards | None = None
@@ -89,19 +83,17 @@ class Runtime:
         fixed = group.get("depth")
         if fixed is not None:
             fixed = check_live_depth(fixed, f"group {index}")
-        return self.depths.of_group(number, group_labels(group, number), names, fixed)
+        return self.depths.of_group(number, depth_keys(group), names, fixed)
 
     def number_of(self, groups: Sequence[Mapping[str, Any]], index: int) -> int:
         """The how-manieth a group joined, by which depths were said; its place, where somebody has put another dict."""
-        group = groups[index]
-        if index < len(self.joined) and self.joined[index].group is group:
-            return index
-        return next((number for number, joined in enumerate(self.joined) if joined.group is group), index)
+        return self.numbers.get(id(groups[index]), index)
 
-    def shapes(self, groups: Sequence[Mapping[str, Any]]) -> Joined:
-        """Of the parameters of these groups, as they joined."""
+    def joined(self, groups: Sequence[Mapping[str, Any]]) -> Joined:
+        """The shapes of the parameters of these groups, as they joined."""
         numbers = [self.number_of(groups, index) for index in range(len(groups))]
-        return Joined([self.joined[number].shapes if number < len(self.joined) else None for number in numbers])
+        own = [self.shapes[number] if number < len(self.shapes) else None for number in numbers]
+        return Joined(own, self.shapes)
 
     def raw_blends(self, groups: Sequence[Mapping[str, Any]], index: int) -> list[float]:
         """b of every parameter of a group."""

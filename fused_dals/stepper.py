@@ -101,7 +101,7 @@ class Stepper:
         settle_gradients(self.groups)
         if writes_grads:
             own_gradients(self.groups)
-        batches = gather(self.groups, self.state, self.runtime.shapes(self.groups))
+        batches = gather(self.groups, self.state, self.runtime.joined(self.groups))
         self._check_memory(batches)
         self.runtime.distributed = any(is_distributed_tensor(p) for group in self.groups for p in group["params"])
         self.runtime.shards = Shards.of(self.groups, self.runtime.shards)
@@ -252,7 +252,7 @@ class Stepper:
         note_grads(last, fused)
         if len(last) == sum(len(batch.positions) for batch in fused):
             return []
-        return awaited_batches(self.groups, self.state, last, fused, self.runtime.shapes(self.groups), served)
+        return awaited_batches(self.groups, self.state, last, fused, self.runtime.joined(self.groups), served)
 
     def _prepare_passes(self, batches: Sequence[TensorBatch]) -> list[FusedPass]:
         """The passes that serve these batches, device by device, with their tables written."""

@@ -170,6 +170,8 @@ class ZeroDALS(ZeroRedundancyOptimizer):
         ]
         self.local.load_state_dict({"state": state, "param_groups": groups})
         for group, mine in zip(self.param_groups, self.local.param_groups, strict=True):
+            for key in [key for key in group if key not in mine]:
+                del group[key]
             group.update({key: value for key, value in mine.items() if key != "params"})
 
 

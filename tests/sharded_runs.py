@@ -484,6 +484,7 @@ def zero(options: dict[str, Any], resume: bool = False) -> tuple[dict[str, Tenso
             box = [optimizer.state_dict() if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(box)
             optimizer = ZeroDALS(net, **{**PLAIN, **options})
+            optimizer.param_groups[0]["depth"] = 0.5  # which the checkpoint does not have
             optimizer.load_state_dict(box[0])
         loss = loss_of(net, part("ddp", x), part("ddp", y))
         optimizer.zero_grad()

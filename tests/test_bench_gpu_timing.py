@@ -182,6 +182,21 @@ def test_a_host_that_becomes_slower_is_hidden_all_the_same(queue: Callable[..., 
     assert machine.leads[-1] == machine.leads[-2] > 200 * 40e-6, "what it has learned it keeps"
 
 
+def test_a_hiccup_while_it_is_built_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Queue(10e-6, 50e-6, 1)
+    monkeypatch.setattr(time, "perf_counter", machine.perf_counter)
+    calls = itertools.count()
+
+    def step() -> None:
+        if next(calls) == timing.WARMUP_STEPS + 3:
+            machine.now += 5e-3
+        machine.step()
+
+    sampler = timing.Sampler(machine, step)
+    assert sampler.steps == timing.MOST_STEPS and sampler.retakes == timing.RETAKES
+    assert sampler.sample() == pytest.approx(50e-6) and machine.leads[-1] < 1e-3
+
+
 def test_a_time_that_is_the_hosts_says_so(queue: Callable[..., tuple[Queue, timing.Sampler]]) -> None:
     """Where more is launched than the queue holds; not where the device is slower than the host nevertheless."""
     machine, sampler = queue(10e-6, 2e-6, 5000)

@@ -203,7 +203,8 @@ def test_pictures(gpu_results: Results, tmp_path: Path) -> None:
     assert len(host.get_lines()) == len(lines) + 1, "another device's host times are in its own picture"
     assert len(host.get_legend().get_texts()) == 1, "the others are in the figure's legend"
     paths = list(draw(gpu_results, tmp_path))
-    assert [path.name for path in paths] == ["some-gpu.png", "micro-cpu.png"]
+    names = [path.name for path in paths]
+    assert names[0] == "some-gpu.png" and "micro-cpu.png" in names, "of files with more than one list"
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 

@@ -213,6 +213,10 @@ def test_foreign_state_entries_do_not_break_saving(seed: int) -> None:
     assert optimizer.state_dict()["state"][0]["note"] == "mine"
 
 
+#: As torch's optimizers load them: under keys that are no parameter's.
+OTHERS: dict[Any, Any] = {"global": {"k": [3]}, "ema": {"shadow": torch.ones(5)}, ("a", 1): 3}
+
+
 @every_path
 def test_what_somebody_else_keeps_in_the_state_comes_along(path: str, seed: int) -> None:
     """As with torch's optimizers: of a parameter, as Lookahead keeps its slow weights, and of none."""
@@ -223,7 +227,12 @@ def test_what_somebody_else_keeps_in_the_state_comes_along(path: str, seed: int)
         train_step(model, optimizer, batch(torch.float32))
     kernel, bias = [*model.parameters()][1:3]
     optimizer.state[kernel]["count"] = 3
-    optimizer.state["global"] = {"k": [3]}  # type: ignore[index]
+    for key, value in OTHERS.items():
+        optimizer.state[key] = value
+    frozen = [*model.parameters()][-2].requires_grad_(False)
+    del optimizer.state[frozen]
+    frozen.grad = None
+    optimizer.state[frozen]["tag"] = 7
     saved = copy.deepcopy(optimizer.state_dict())
     train_step(model, optimizer, batch(torch.float32))
     optimizer.state[kernel]["count"] = 4
@@ -232,8 +241,8 @@ def test_what_somebody_else_keeps_in_the_state_comes_along(path: str, seed: int)
     optimizer.load_state_dict(saved)
     assert optimizer.state[kernel]["count"] == 3 and "later" not in optimizer.state[bias]
     assert torch.equal(optimizer.state[model.scale]["slow"], torch.ones(4))
-    assert optimizer.state["global"] == {"k": [3]} and "late" not in optimizer.state  # type: ignore[index]
-    assert optimizer.state["global"]["k"] is not saved["state"]["global"]["k"]  # type: ignore[index]
+    assert all(optimizer.state[key] is not None for key in OTHERS) and "late" not in optimizer.state
+    assert optimizer.state[frozen] == {"tag": 7}
     train_step(model, optimizer, batch(torch.float32))
 
 
@@ -280,6 +289,28 @@ def test_inference_mode_leaves_state_that_can_be_trained(path: str, inside: str,
             train_step(model, optimizer, data)
         found.append(snapshot(model, optimizer))
     assert identical(*found)
+
+
+@every_path
+def test_parameters_of_inference_mode_are_stepped_inside_it(path: str, seed: int) -> None:
+    with torch.inference_mode():
+        p = nn.Parameter(torch.randn(5), requires_grad=False)
+        p.grad = torch.randn(5)
+        optimizer = DALS([("p", p)], **EVERY_PATH[path])
+        before = p.clone()
+        for _ in range(3):
+            optimizer.step(loss=1.0)
+        assert not torch.equal(p, before)
+
+
+def test_a_closure_runs_in_the_mode_of_its_caller(seed: int) -> None:
+    model = ConvNet()
+    optimizer = DALS(model)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with torch.inference_mode():
+        optimizer.step(lambda: model(torch.randn(2, 1, 4, 4)).mean())
+    train_step(model, optimizer, batch(torch.float32))
 
 
 @pytest.mark.parametrize("foreach", [True, False])

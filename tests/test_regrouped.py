@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +97,38 @@ def test_a_depth_stays_in_the_groups_that_the_caller_holds() -> None:
     first = DALS(groups)
     assert first.depths() == DALS(groups).depths() == {"0.weight": 0.1, "0.bias": 0.1, "2.weight": 0.2, "2.bias": 0.2}
     assert "depth" not in first.param_groups[0]
+    once: dict[str, Any] = {"params": model.named_parameters(), "depth": lambda name, parameter: 0.3}
+    for _ in range(2):
+        assert list(DALS([once]).depths().values()) == [0.3] * 4, "a generator is listed in the caller's dict"
+
+
+def test_a_group_that_joins_again_joins_anew() -> None:
+    optimizer = DALS([{"params": [nn.Parameter(torch.ones(1))]}], depth=lambda name, parameter: parameter.numel() / 10)
+    group = optimizer.param_groups.pop()
+    group["params"] = [nn.Parameter(torch.ones(9))]
+    optimizer.add_param_group(group)
+    assert list(optimizer.depths().values()) == [0.9]
+
+
+def test_a_group_that_is_gone_keeps_nothing_alive() -> None:
+    model, head = mlp(3, 4, 2), nn.Linear(2, 2)
+    optimizer = DALS(model)
+    optimizer.add_param_group({"params": [("head." + name, p) for name, p in head.named_parameters()]})
+    watched = weakref.ref(head.weight)
+    del optimizer.param_groups[1], head
+    gc.collect()
+    assert watched() is None
+
+
+@every_path
+def test_groups_that_somebody_has_copied(path: str) -> None:
+    """Their parameters are no flat buffers, whichever group stood in their place."""
+    shapes = [(4, 6), (3, 3), (24,)]
+    params = [(f"{i}", nn.Parameter(torch.randn(shape))) for i, shape in enumerate(shapes)]
+    optimizer = DALS([{"params": params[:2]}, {"params": params[2:]}], **EVERY_PATH[path])
+    optimizer.param_groups[:] = [dict(optimizer.param_groups[1])]
+    params[2][1].grad = torch.randn(24)
+    optimizer.step(loss=1.0)
 
 
 @every_path

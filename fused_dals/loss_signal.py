@@ -203,6 +203,8 @@ def why_no_number(loss: Tensor) -> str:
     """What a tensor stands for that has no number to observe; empty where it has one."""
     if torch.compiler.is_compiling():  # what is compiled has numbers when it runs
         return ""
+    if type(loss) is Tensor and not functorch.is_functorch_wrapped_tensor(loss):  # as a rule
+        return ""
     if isinstance(loss, FakeTensor):
         return "of a tracer, without a value"
     while functorch.is_gradtrackingtensor(loss):

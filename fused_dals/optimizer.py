@@ -46,6 +46,9 @@ OF_MODELS = (
 )
 
 
+_NO_MODE: AbstractContextManager[None] = nullcontext()
+
+
 class DALS(torch.optim.Optimizer):
     r"""Dynamic adaptive layered scaling (arXiv:2604.27295, section 3; SPEC, "One step").
 
@@ -315,16 +318,14 @@ class DALS(torch.optim.Optimizer):
         found_inf, grad_scale = (value if isinstance(value, Tensor) else None for value in handed)
         if handed[0] is not None and found_inf is None:  # other ranks may have gradients, and wait for our word
             found_inf = torch.tensor(float(handed[0]), dtype=torch.float64, device="cpu")
-        with self._mode_of_a_step():
+        with self._inside_inference_mode() if torch.is_inference_mode_enabled() else _NO_MODE:
             self._stepper().step((returned, loss), found_inf, grad_scale)
         return returned
 
-    def _mode_of_a_step(self) -> AbstractContextManager[object]:
+    def _inside_inference_mode(self) -> AbstractContextManager[object]:
         """State that a step makes is to be written later, too; but parameters of inference mode only inside it."""
-        if not torch.is_inference_mode_enabled():
-            return nullcontext()
         of_params = any(param.is_inference() for group in self.param_groups for param in group["params"])
-        return nullcontext() if of_params else outside_inference()
+        return _NO_MODE if of_params else outside_inference()
 
     @outside_inference_mode
     def refresh_hyperparameters(self) -> None:

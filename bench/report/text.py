@@ -89,8 +89,9 @@ def demo_block(results: Results) -> str:
 
 
 def has_picture(found: StepFile) -> bool:
-    """Whether a file has more than one list of tensors, so that there is something to draw a line through."""
-    return len({row.model for row in found.rows if row.device_s is not None}) > 1
+    """Whether a file has lists of tensors enough to draw a line through: three with a baseline, of a GPU two."""
+    lists = {row.model for row in found.rows if row.device_s is not None and row.contender == BASELINE}
+    return len(lists) >= (2 if found.on_gpu else 3)
 
 
 def picture_of(name: str) -> str:

@@ -33,6 +33,9 @@ from fused_dals.sharding import like, local, split_alike
 ADDED_LATER = ("skipped_steps", "max_grad_norm", "skip_nonfinite", "state_dtype", "compensated", "capturable")
 
 
+#: Hyperparameters that are several numbers.
+TUPLES = ("trust_clip", "ema_decay", "phase_thresholds")
+
 #: Dtypes of state by their names in checkpoints, as repr() has them.
 _DTYPES = {repr("float32"): torch.float32, repr("bfloat16"): torch.bfloat16}
 
@@ -179,7 +182,7 @@ def _checked_state(
         _check_kind(entry, Mapping, "a dict", f"checkpoint: state of parameter {label!r}")
         if not entry:
             continue
-        if not param.requires_grad and not any(isinstance(value, Tensor) for value in entry.values()):
+        if not param.requires_grad and not has_state(entry) and COMPENSATION_KEY not in entry:
             dtypes[param], loaded[param] = {}, dict(entry)  # somebody else's alone
             continue
         dtypes[param] = state_dtypes(param, saved_groups[group_index])
@@ -229,8 +232,16 @@ def _is_of_a_parameter(entry: Any, by_name: bool) -> bool:
 
 
 def _own(value: Any, param: Tensor) -> Any:
-    """What somebody else keeps in a parameter's state: as it is, and a tensor as a copy on the parameter's device."""
-    return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else value
+    """What somebody else keeps in a parameter's state, in containers of our own, its tensors on the parameter's
+    device; anything else as it is.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to(param.device, copy=True)
+    if type(value) is dict:
+        return {key: _own(item, param) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(_own(item, param) for item in value)
+    return value
 
 
 def _keep_swapped(optimizer: Optimizer, loaded: dict[Tensor, Mapping[str, Tensor]]) -> None:
@@ -256,7 +267,8 @@ def pack_plain(packed: Mapping[str, Any]) -> None:
     for group in packed.get("param_groups", ()):
         if not isinstance(group, dict):
             continue
-        group.update({key: plain(value) for key, value in group.items() if isinstance(value, Real | tuple)})
+        group.update({key: plain(value) for key, value in group.items() if isinstance(value, Real)})
+        group.update({key: plain(group[key]) for key in TUPLES if key in group})
         if isinstance(group.get("state_dtype"), torch.dtype):
             group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
 

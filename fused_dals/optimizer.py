@@ -238,7 +238,7 @@ class DALS(torch.optim.Optimizer):
             params = param_group["params"]
             shapes = None if any(map(is_lazy, params)) else [tuple(param.shape) for param in params]
             self._runtime.shapes.append(shapes)
-            self._runtime.numbers[id(param_group)] = number
+            self._runtime.number(param_group, number)
         except Exception:
             del self.param_groups[index]
             raise
@@ -324,8 +324,8 @@ class DALS(torch.optim.Optimizer):
 
     def _inside_inference_mode(self) -> AbstractContextManager[object]:
         """State that a step makes is to be written later, too; but parameters of inference mode only inside it."""
-        of_params = any(param.is_inference() for group in self.param_groups for param in group["params"])
-        return _NO_MODE if of_params else outside_inference()
+        stepped = (param for group in self.param_groups for param in group["params"] if param.grad is not None)
+        return _NO_MODE if any(map(Tensor.is_inference, stepped)) else outside_inference()
 
     @outside_inference_mode
     def refresh_hyperparameters(self) -> None:
@@ -445,7 +445,9 @@ class DALS(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         numbers = state.pop("_numbers", ())
         super().__setstate__(state)
-        self._runtime.numbers = {id(group): number for group, number in zip(self.param_groups, numbers, strict=False)}
+        self._runtime.__dict__.setdefault("numbers", {})  # which pickles of the first days do not have
+        for group, number in zip(self.param_groups, numbers, strict=False):
+            self._runtime.number(group, number)
 
 
 def _check_not_in_plain_zero(where: str) -> None:

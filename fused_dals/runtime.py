@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_dals.awaited import LastGrads
 from fused_dals.depth_rule import DepthMap, check_live_depth
@@ -53,8 +55,9 @@ class Runtime:
     captured: Captured | None = None
     #: Shapes of every group's parameters when it joined, by the order of joining; None where a lazy one had none.
     shapes: list[list[tuple[int, ...]] | None] = field(default_factory=list)
-    #: The how-manieth each group joined, by the identity of its dict: who holds none keeps no parameters alive.
-    numbers: dict[int, int] = field(default_factory=dict)
+    #: The how-manieth each group joined, and its parameters then, by the identity of its dict: who holds neither keeps
+    #: no parameters alive. Another dict that comes to lie in its place has others.
+    numbers: dict[int, tuple[int, list[weakref.ref[Tensor]]]] = field(default_factory=dict)
     #: Whether parameters are DTensors, and what their shards need of other ranks.
     distributed: bool = False
     shards: Shards | None = None
@@ -63,7 +66,8 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables of addresses are of no use to a copy: it builds its own at its first step.
-        return {**self.__dict__, "fused": {}, "steady": None, "captured": None, "memory": [], "shards": None}
+        anew: dict[str, Any] = {"fused": {}, "steady": None, "captured": None, "memory": [], "shards": None}
+        return {**self.__dict__, **anew, "numbers": {}}  # whose dicts are others, too
 
     @property
     def plans(self) -> tuple[int, int]:
@@ -87,7 +91,13 @@ class Runtime:
 
     def number_of(self, groups: Sequence[Mapping[str, Any]], index: int) -> int:
         """The how-manieth a group joined, by which depths were said; its place, where somebody has put another dict."""
-        return self.numbers.get(id(groups[index]), index)
+        number, params = self.numbers.get(id(groups[index]), (index, []))
+        of_now = set(map(id, groups[index]["params"]))
+        return number if any(id(param()) in of_now for param in params) else index
+
+    def number(self, group: Mapping[str, Any], number: int) -> None:
+        """Know the group by this number from now on, wherever it goes."""
+        self.numbers[id(group)] = number, list(map(weakref.ref, group["params"]))
 
     def joined(self, groups: Sequence[Mapping[str, Any]]) -> Joined:
         """The shapes of the parameters of these groups, as they joined."""

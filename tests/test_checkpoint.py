@@ -227,12 +227,13 @@ def test_what_somebody_else_keeps_in_the_state_comes_along(path: str, seed: int)
         train_step(model, optimizer, batch(torch.float32))
     kernel, bias = [*model.parameters()][1:3]
     optimizer.state[kernel]["count"] = 3
+    optimizer.state[kernel]["history"] = [1, {"at": torch.ones(2)}]
     for key, value in OTHERS.items():
         optimizer.state[key] = value
     frozen = [*model.parameters()][-2].requires_grad_(False)
     del optimizer.state[frozen]
     frozen.grad = None
-    optimizer.state[frozen]["tag"] = 7
+    optimizer.state[frozen].update(tag=7, shadow=torch.ones(2))
     saved = copy.deepcopy(optimizer.state_dict())
     train_step(model, optimizer, batch(torch.float32))
     optimizer.state[kernel]["count"] = 4
@@ -241,8 +242,16 @@ def test_what_somebody_else_keeps_in_the_state_comes_along(path: str, seed: int)
     optimizer.load_state_dict(saved)
     assert optimizer.state[kernel]["count"] == 3 and "later" not in optimizer.state[bias]
     assert torch.equal(optimizer.state[model.scale]["slow"], torch.ones(4))
-    assert all(optimizer.state[key] is not None for key in OTHERS) and "late" not in optimizer.state
-    assert optimizer.state[frozen] == {"tag": 7}
+    keys = set(optimizer.state)
+    assert set(OTHERS) <= keys and "late" not in keys
+    for key, value in OTHERS.items():
+        found: Any = optimizer.state[key]
+        assert torch.equal(found["shadow"], value["shadow"]) if key == "ema" else found == value
+    assert optimizer.state[frozen]["tag"] == 7 and torch.equal(optimizer.state[frozen]["shadow"], torch.ones(2))
+    history = optimizer.state[kernel]["history"]
+    history.append(2)
+    history[1]["at"] += 1
+    assert len(saved["state"][1]["history"]) == 2 and torch.equal(saved["state"][1]["history"][1]["at"], torch.ones(2))
     train_step(model, optimizer, batch(torch.float32))
 
 
@@ -308,8 +317,30 @@ def test_a_closure_runs_in_the_mode_of_its_caller(seed: int) -> None:
     optimizer = DALS(model)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
+    modes = []
+
+    def closure() -> Tensor:
+        modes.append(torch.is_inference_mode_enabled())
+        loss: Tensor = model(torch.randn(2, 1, 4, 4)).mean()
+        return loss
+
     with torch.inference_mode():
-        optimizer.step(lambda: model(torch.randn(2, 1, 4, 4)).mean())
+        optimizer.step(closure)
+    optimizer.step(closure)
+    assert modes == [True, False]
+    train_step(model, optimizer, batch(torch.float32))
+
+
+@every_path
+def test_a_frozen_parameter_of_inference_mode_keeps_nobody_inside_it(path: str, seed: int) -> None:
+    model = ConvNet()
+    with torch.inference_mode():
+        frozen = nn.Parameter(torch.randn(3), requires_grad=False)
+    optimizer = DALS([*model.named_parameters(), ("frozen", frozen)], **EVERY_PATH[path])
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with torch.inference_mode():
+        optimizer.step(loss=1.0)
     train_step(model, optimizer, batch(torch.float32))
 
 

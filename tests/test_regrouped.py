@@ -120,6 +120,25 @@ def test_a_group_that_is_gone_keeps_nothing_alive() -> None:
     assert watched() is None
 
 
+def test_new_dicts_for_groups_do_not_pass_for_dead_ones() -> None:
+    """Which come to lie where those lay."""
+    params = [nn.Parameter(torch.ones(i + 1)) for i in range(4)]
+    optimizer = DALS([{"params": [p]} for p in params], depth=lambda name, parameter: parameter.numel() / 10)
+    for _ in range(5):
+        for i, group in enumerate(optimizer.param_groups):
+            optimizer.param_groups[i] = {**group, "lr": 1e-3}
+        assert list(optimizer.depths().values()) == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_shallow_copy_leaves_the_original_its_groups() -> None:
+    params = [nn.Parameter(torch.ones(i + 1)) for i in range(3)]
+    optimizer = DALS([{"params": [p]} for p in params], depth=lambda name, parameter: parameter.numel() / 10)
+    first = optimizer.param_groups.pop(0)
+    copy.copy(optimizer)
+    optimizer.param_groups.append(first)
+    assert list(optimizer.depths().values()) == [0.2, 0.3, 0.1]
+
+
 @every_path
 def test_groups_that_somebody_has_copied(path: str) -> None:
     """Their parameters are no flat buffers, whichever group stood in their place."""

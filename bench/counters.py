@@ -22,12 +22,13 @@ from typing import Any
 import torch
 
 from bench import environment, extras, record
-from bench.byte_table import STEP_DTYPES, item_sizes
+from bench.byte_table import STEP_DTYPES
 from bench.cache_model import plan_in_use
+from bench.contenders import FUSED, dals_contenders
 from bench.options import HelpFormatter
 from bench.shapes import MODELS, SHAPES
 from bench.table import format_table
-from bench.timing import MEMORY_SHARE, make_parameters, one_line
+from bench.timing import MEMORY_SHARE, make_parameters, needed_bytes, one_line
 
 #: The counters by the field of a row that each fills, and the unit that ncu has to give them in.
 METRICS = {
@@ -133,11 +134,12 @@ def _steps_of(device: torch.device, row: Counted) -> int:
 
     dtypes, taken = STEP_DTYPES[row.dtypes], 0
     try:
-        p, g, state = item_sizes(dtypes)
-        needed, free = (p + g + 2 * state) * row.parameters, MEMORY_SHARE * _free_bytes(device)
+        shapes = list(SHAPES[row.model]())
+        needed = needed_bytes(shapes, dtypes, dals_contenders(dtypes)[FUSED])
+        free = MEMORY_SHARE * _free_bytes(device)
         if needed > free:
             raise MemoryError(f"left out: needs {needed / 1e9:.3g} GB of {free / 1e9:.3g} GB")
-        named = make_parameters(list(SHAPES[row.model]()), dtypes, device, SEED)
+        named = make_parameters(shapes, dtypes, device, SEED)
         driver = PassDriver(tensor_set(named, dtypes[2]), IN_USE, hyperparameters(lr=1e-5))
         for _ in range(STEPS):
             driver.step()

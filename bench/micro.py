@@ -99,6 +99,11 @@ def run(
         (model, name): CompiledReference(STEP_DTYPES[name], CompileBudget(compile_seconds, compile_seconds))
         for model, name in lists
     }
+
+    def save() -> None:
+        if path is not None:
+            record.save(path, record_of(described, repeats, copies, rows))
+
     with tqdm(total=len(lists), unit="list") as lists_bar:
         for model, name in lists:
             shapes = list(SHAPES[model]())
@@ -114,14 +119,8 @@ def run(
             rows += found
             lists_bar.write(steps_text(found, max(copies)))
             lists_bar.update()
-            if path is not None:
-                record.save(path, record_of(described, repeats, copies, rows))
+            save()
     if machine.queues_work:
-
-        def save() -> None:
-            if path is not None:
-                record.save(path, record_of(described, repeats, copies, rows))
-
         count_all_launches(machine, compiled, rows, save)
         print(launches_text(rows) + "\n")
     print(notes(machine.queues_work))

@@ -120,15 +120,16 @@ class Sampler:
             step()
         self.host_s = min(host_sample(machine, step, 3))
         self.steps = 1
+        self._begin()
+        device_s = self.sample() if machine.queues_work else self.host_s
+        self._begin()  # what a first sample finds may be a hiccup
+        wanted = min(SAMPLE_DEVICE_S / max(device_s, 1e-9), SAMPLE_HOST_S / max(self.host_s, 1e-9), MOST_STEPS)
+        self.steps = max(1, math.floor(wanted))
+
+    def _begin(self) -> None:
         self.lead_s = LEAD * self.host_s  # for each step
         self.retakes = RETAKES
         self.taken = self.waited = 0  # samples, and those in which the device waited for the host
-        device_s = self.sample() if machine.queues_work else self.host_s
-        self.lead_s = LEAD * self.host_s  # what a first sample finds may be a hiccup
-        self.retakes = RETAKES
-        self.taken = self.waited = 0
-        wanted = min(SAMPLE_DEVICE_S / max(device_s, 1e-9), SAMPLE_HOST_S / max(self.host_s, 1e-9), MOST_STEPS)
-        self.steps = max(1, math.floor(wanted))
 
     def sample(self) -> float:
         """Device seconds per step."""

@@ -50,9 +50,8 @@ def fitting(plan: LaunchPlan) -> LaunchPlan:
 
     The compiler would take more, for larger tiles up to 179 a thread, and the programs would run one after the other.
     """
-    usual = IN_USE
-    same_tile = plan.tile * usual.num_warps <= usual.tile * plan.num_warps
-    if same_tile and plan.num_warps * plan.programs_per_sm <= usual.num_warps * usual.programs_per_sm:
+    same_tile = plan.tile * IN_USE.num_warps <= IN_USE.tile * plan.num_warps
+    if same_tile and plan.num_warps * plan.programs_per_sm <= IN_USE.num_warps * IN_USE.programs_per_sm:
         return replace(plan, max_registers=None)
     share = REGISTERS_PER_SM // (32 * plan.num_warps * plan.programs_per_sm)
     return replace(plan, max_registers=min(255, share // REGISTERS_AT_A_TIME * REGISTERS_AT_A_TIME))
